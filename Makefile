@@ -1,0 +1,54 @@
+# What there is to do; `make` alone lists it. Everything is installed once, into .venv.
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lab lint clean
+# Nothing here gains from running at the same time, and two installations would collide.
+.NOTPARALLEL:
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Any of these will do, the first that is new enough; make PYTHON=/path/to/python names another.
+PYTHON = $(eval PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& { echo $$p; break; }; done))$(PYTHON)
+
+STRIP := $(BIN)/nbstripout --verify --keep-count \
+	--extra-keys "metadata.papermill cell.metadata.papermill metadata.widgets"
+TESTING := HF_HUB_OFFLINE=1 MPLBACKEND=agg OMP_NUM_THREADS=2
+PYTEST := $(TESTING) $(BIN)/python -m pytest -q -p no:cacheprovider
+
+help:
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+
+run: $(READY)  ## run the six notebooks on the phantom, report in runs/phantom/report/index.html
+	@$(BIN)/prism-nb run params/phantom.yaml
+	@mkdir -p figures && cp runs/phantom/figures/*.png figures/
+
+test: lint  ## check style, run the notebooks against their outputs, run all tests
+	@$(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=120 -x -p no:randomly notebooks
+	@$(PYTEST) tests
+
+lab: $(READY)  ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab notebooks/01_caption.ipynb
+
+lint: $(READY)  ## check style, and that notebooks hold no outputs but the checked ones
+	@$(BIN)/ruff check --quiet && $(BIN)/ruff format --check --quiet
+	@$(STRIP) notebooks/*.ipynb
+
+clean:  ## remove caches and build leftovers; runs/ and .venv stay
+	@rm -rf build dist *.egg-info .ruff_cache .pytest_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o \
+		\( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
+
+# The mark is set last. Without it .venv is made anew, so that half an installation never counts.
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and none was found;" \
+		"install one, or name it: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@test -e $(READY) || $(PYTHON) -m venv --clear $(VENV) || { echo "$(PYTHON) cannot make a" \
+		"virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@rm -f $(READY)
+	@echo "Installing into $(VENV), once: about 6 GB, most of it torch; this takes some minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input \
+		-c constraints.txt -e '.[test]'
+	@touch $(READY)
