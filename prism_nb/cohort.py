@@ -1,0 +1,322 @@
+"""Labels CSV + image folder -> one table of usable films, split by patient (sections 2.1, 3.1).
+
+A row is a film: film_id, path (under image_root), patient_id, split, Sex, Age, view and the 14
+findings after the label policies (findings.py). A bad row or file never stops the reading: it goes
+to `rejected` with its reason; a filter (not frontal, max_films) counts what it removes.
+The paper splits images; here no patient is in two splits.
+Used by notebook 01, which writes the cohort into the run folder, and read by 02 to 06.
+"""
+
+import functools
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from prism_nb.files import atomic_path, read_json, write_json
+from prism_nb.findings import FINDINGS, PAPER_HEADS, PRESENT, resolve_labels
+from prism_nb.images import ImageError, check_image
+from prism_nb.layouts import CohortError, read_labels
+
+VIEWS = ("frontal", "all")
+COLUMNS = ("film_id", "path", "patient_id", "split", "Sex", "Age", "view", *FINDINGS)
+REJECTED = {"row": "int64", "path": "str", "reason": "str"}
+TABLE1_ROWS = {"Train": "train", "Validation": "val", "Test": "test"}
+DECODE_UP_TO = 20_000  # films; a larger set has only its headers looked at
+
+
+@dataclass
+class Cohort:
+    """The films of a study, what was turned away and why, and the settings that chose them."""
+
+    table: pd.DataFrame  # COLUMNS
+    rejected: pd.DataFrame  # row (line in the CSV), path, reason
+    image_root: Path
+    settings: dict = field(default_factory=dict)
+    counts: dict = field(default_factory=dict)  # filter -> rows it removed
+
+
+def load_cohort(
+    csv: Path | str,
+    image_root: Path | str | None = None,
+    layout: str = "auto",
+    extra_csv: Path | str | None = None,
+    views: str = "frontal",
+    uncertain: str = "ones",
+    blank: str = "absent",
+    max_films: int = 0,
+    seed: int = 0,
+    check_images: bool = True,
+) -> Cohort:
+    """Read a labels CSV and the films it names.
+
+    image_root: folder the paths start from, the CSV's own by default. max_films: a random choice
+    of so many films (0 = all), the same for the same seed. check_images=False opens no file, and
+    so does not follow links either. Raises CohortError if nothing usable is left, and why.
+    """
+    csv = Path(csv).expanduser()
+    settings = {"views": views, "uncertain": uncertain, "blank": blank}
+    settings |= {"max_films": max_films, "seed": seed, "check_images": check_images}
+    if views not in VIEWS:
+        raise CohortError(f"views is {views!r}; it must be one of {', '.join(VIEWS)}.")
+    labels = read_labels(csv, layout, extra_csv and Path(extra_csv).expanduser())
+    root = _image_root(csv, image_root)
+    raw = _place(labels.raw, root, labels.layout)
+    raw[list(FINDINGS)] = _resolve(raw, labels.blank_columns, uncertain, blank)
+    films, counts = raw[raw["reason"] == ""], {}
+    if views == "frontal":
+        counts["not frontal"] = int((~films["frontal"]).sum())
+        films = films[films["frontal"]]
+    reasons = _choose(films, root, max_films, seed, check_images)
+    if max_films:
+        counts["max_films"] = len(films) - len(reasons)
+    rejected = _rejected(raw, reasons)
+    films = films.loc[reasons.index[reasons == ""]].sort_index()
+    if films.empty:
+        raise CohortError(_why_empty(csv, root, len(raw), counts, rejected))
+    settings |= {"csv": str(csv), "layout": labels.layout, "extra_csv": str(extra_csv or "")}
+    settings |= {"rows": len(raw), "notes": labels.notes}
+    table = films.assign(split="")[list(COLUMNS)].reset_index(drop=True)
+    return Cohort(table, rejected, root, settings, counts)
+
+
+def _image_root(csv, image_root):
+    root = Path(image_root).expanduser() if image_root else csv.parent
+    if not root.is_dir():
+        raise CohortError(f"There is no image folder {root}; image_root must be a folder.")
+    return root.resolve()
+
+
+def _resolve(raw, blank_columns, uncertain, blank):
+    """Apply the label policies; a finding the data set never labels stays missing."""
+    labels = raw[list(FINDINGS)].where(raw["reason"] == "")
+    resolved = resolve_labels(labels, uncertain, "missing")
+    resolved[blank_columns] = resolve_labels(labels[blank_columns], uncertain, blank)
+    return resolved
+
+
+def _place(raw, root, layout):
+    """Make paths relative to the image root, refuse those that leave it, name the films."""
+    inside = f"{root.as_posix()}/"
+    raw["path"] = raw["path"].str.removeprefix(inside)
+    for mask, reason in (
+        (raw["path"].isna(), "the path is blank."),
+        (raw["path"].str.contains(r"^(?:/|[A-Za-z]:)", na=False), "an absolute path."),
+        (raw["path"].str.contains(r"(?:^|/)\.\.(?:/|$)", na=False), "'..' in the path."),
+    ):
+        full = reason if "blank" in reason else f"the path leaves the image root: {reason}"
+        raw.loc[mask & (raw["reason"] == ""), "reason"] = full
+    fine = raw["reason"] == ""
+    find = _find_nih if layout == "nih" else _find_by_prefix
+    raw.loc[fine, "path"] = find(raw.loc[fine, "path"], root)
+    paths = raw.loc[fine, "path"]
+    first = raw.loc[fine].groupby("path")["row"].transform("first")
+    again = paths.index[first != raw.loc[fine, "row"]]
+    raw.loc[again, "reason"] = "the same image as in line " + first[again].astype(str) + "."
+    raw["film_id"] = _film_ids(raw.loc[raw["reason"] == "", "path"], layout)
+    return raw
+
+
+def _find_nih(names, root):
+    """Find films by name in the root, in images, or in the twelve folders of NIH's archives."""
+    folders = [*sorted(root.glob("images_*")), *sorted(root.glob("images_*/images"))]
+    where = {}
+    for folder in [*folders, root / "images", root]:  # the later wins
+        if folder.is_dir():
+            prefix = folder.relative_to(root)
+            where.update((name, (prefix / name).as_posix()) for name in os.listdir(folder))
+    return names.map(where).fillna(names).astype("str")
+
+
+def _find_by_prefix(paths, root, num_probes=50):
+    """Drop the leading folders the root lacks or repeats, or put a subfolder of it in front.
+
+    The few likeliest ways are tried on a sample; the one that finds most files is used for all.
+    """
+    if paths.empty:
+        return paths
+    sample = paths.iloc[np.unique(np.linspace(0, len(paths) - 1, num_probes).astype(int))]
+
+    def found(way):
+        return sum(os.path.isfile(root / path) for path in _rebase(sample, *way))
+
+    ways = [(drop, "") for drop in range(4)]
+    best = max(ways, key=found)  # the first of equals: as it stands
+    if not found(best):
+        folders = sorted(folder.name for folder in root.iterdir() if folder.is_dir())[:20]
+        best = max([(0, ""), *((n, f"{f}/") for f in folders for n in range(4))], key=found)
+    return _rebase(paths, *best)
+
+
+def _rebase(paths, drop, prefix):
+    return prefix + paths.str.replace(rf"^(?:[^/]+/){{{drop}}}", "", regex=True)
+
+
+def _film_ids(paths, layout):
+    """Name films by their path, without folders that say nothing: patient00001_study1_view1_..."""
+    stems = paths.str.replace(r"\.[A-Za-z0-9]+$", "", regex=True)
+    if layout == "chexpert":
+        stems = stems.str.replace(r"^.*?(patient\d+/)", r"\1", regex=True)
+    if layout == "nih":
+        stems = stems.str.replace(r"^.*/", "", regex=True)
+    ids = stems.str.replace(r"[^A-Za-z0-9.-]+", "_", regex=True).str.lstrip("._-")
+    unclear = ids.str.lower().duplicated(keep=False) | (ids == "") | (ids.str.len() > 100)
+    marks = paths[unclear].map(lambda path: f"-{_digest(path):016x}"[:9])
+    ids[unclear] = ids[unclear].str.slice(0, 100) + marks
+    return ids
+
+
+def _digest(text):
+    """Hash a text to 64 bits, the same on every machine and in every version."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _choose(films, root, max_films, seed, check_images):
+    """Look at films, in an order that seed draws, until max_films good ones are found.
+
+    Returns the reason to reject ("" = good) of every film looked at, indexed as films.
+    """
+    wanted = max_films or len(films)
+    keys = [_digest(f"{seed}:{film_id}") for film_id in films["film_id"]] if max_films else []
+    order = films.iloc[np.argsort(keys)] if max_films else films
+    reasons = pd.Series("", index=order.index[:0], dtype="str")
+    while (reasons == "").sum() < wanted and len(reasons) < len(order):
+        missing = wanted - int((reasons == "").sum())
+        looked = order["path"].iloc[len(reasons) : len(reasons) + missing]
+        faults = _faults(looked, root, decode=wanted <= DECODE_UP_TO) if check_images else ""
+        reasons = pd.concat([reasons, pd.Series(faults, index=looked.index, dtype="str")])
+    return reasons
+
+
+def _faults(paths, root, decode):
+    look = functools.partial(_fault, root=root, decode=decode)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the GIL
+        return list(pool.map(look, paths))
+
+
+def _fault(path, root, decode):
+    real = Path(os.path.realpath(root / path))
+    if not real.is_relative_to(root):
+        return "the path leaves the image root: a link; set image_root to where it leads."
+    try:
+        check_image(real, decode=decode)
+    except ImageError as error:
+        return error.reason
+    return ""
+
+
+def _rejected(raw, reasons):
+    bad = pd.concat([raw.loc[raw["reason"] != "", "reason"], reasons[reasons != ""]])
+    rejected = raw.loc[bad.index, ["row", "path"]].fillna({"path": ""}).assign(reason=bad)
+    rejected = rejected.astype(REJECTED)
+    return rejected.sort_values("row").reset_index(drop=True)
+
+
+def _why_empty(csv, root, rows, counts, rejected):
+    """Say which filter removed how many rows, and the commonest reason for rejecting."""
+    parts = [f"filter {name!r} removed {number}" for name, number in counts.items()]
+    if len(rejected):
+        common = rejected["reason"].mode().iloc[0]
+        line = rejected.loc[rejected["reason"] == common, "row"].iloc[0]
+        parts.append(f"{len(rejected)} rejected (commonest, as in line {line}: {common})")
+    return f"No film is left of {rows} rows in {csv} under {root}: {'; '.join(parts)}"
+
+
+def split_by_patient(
+    table: pd.DataFrame, test_share: float = 0.15, val_share: float = 0.15, seed: int = 0
+) -> pd.DataFrame:
+    """Put every patient into train, val or test: test_share first, then val_share of the rest.
+
+    Depends on seed and the set of patients only, not on the order of rows. At least one patient
+    is in each split; fewer than three are a CohortError. Section 3.1 (there by image).
+    """
+    for name, share in (("test_share", test_share), ("val_share", val_share)):
+        if not 0 < share < 1:
+            raise CohortError(f"{name} is {share}; it must lie between 0 and 1.")
+    patients = sorted(table["patient_id"].unique(), key=lambda p: (_digest(f"{seed}:{p}"), p))
+    if len(patients) < 3:
+        raise CohortError(
+            f"The cohort has {len(patients)} patient(s); a split needs at least 3, one each for "
+            "train, val and test. Add patients, or check how they are told apart."
+        )
+    num_test = min(max(1, round(test_share * len(patients))), len(patients) - 2)
+    num_val = min(
+        max(1, round(val_share * (len(patients) - num_test))), len(patients) - num_test - 1
+    )
+    names = np.repeat(["test", "val"], [num_test, num_val]).tolist()
+    names += ["train"] * (len(patients) - len(names))
+    where = dict(zip(patients, names, strict=True))
+    return table.assign(split=table["patient_id"].map(where).astype("str"))
+
+
+def choose_films(table: pd.DataFrame, counts: dict[str, int], seed: int = 0) -> pd.DataFrame:
+    """Pick at most so many films of each split, the same for the same seed: {"test": 48, ...}."""
+    parts = []
+    for split, count in counts.items():
+        films = table[table["split"] == split]
+        order = films["film_id"].map(lambda film: _digest(f"{seed}:{film}")).sort_values().index
+        parts.append(films.loc[order[:count]])
+    return pd.concat(parts, ignore_index=True)
+
+
+def write_cohort(cohort: Cohort, folder: Path | str) -> None:
+    """Write cohort.parquet, rejected.csv and, last, cohort.json into a folder, each atomically."""
+    folder = Path(folder)
+    with atomic_path(folder / "cohort.parquet") as path:
+        cohort.table.to_parquet(path, index=False)
+    with atomic_path(folder / "rejected.csv") as path:
+        cohort.rejected.to_csv(path, index=False)
+    root = cohort.image_root.absolute()
+    if root.is_relative_to(folder.absolute()):  # a run folder may then be moved as a whole
+        root = root.relative_to(folder.absolute())
+    about = {"image_root": root.as_posix()}
+    about |= {"settings": cohort.settings, "counts": cohort.counts}
+    write_json(folder / "cohort.json", about)
+
+
+def read_cohort(folder: Path | str) -> Cohort:
+    """Read what write_cohort wrote; CohortError if the folder holds no whole cohort."""
+    folder = Path(folder)
+    for name in ("cohort.json", "cohort.parquet", "rejected.csv"):
+        if not (folder / name).is_file():
+            raise CohortError(f"There is no {name} in {folder}; run 01_caption first.")
+    about = read_json(folder / "cohort.json")
+    return Cohort(
+        pd.read_parquet(folder / "cohort.parquet"),
+        pd.read_csv(folder / "rejected.csv", dtype=REJECTED, keep_default_na=False),
+        folder / about["image_root"],
+        about["settings"],
+        about["counts"],
+    )
+
+
+def table1(table: pd.DataFrame) -> pd.DataFrame:
+    """Count the films that show each finding, a row a split: the paper's Table 1, and the rest.
+
+    Columns: the paper's four heads, the other findings, films, patients.
+    """
+    columns = [*PAPER_HEADS, *(name for name in FINDINGS if name not in PAPER_HEADS)]
+    parts = {name: table[table["split"] == split] for name, split in TABLE1_ROWS.items()}
+    rows = {
+        name: (part[columns] == PRESENT).sum().to_dict()
+        | {"films": len(part), "patients": part["patient_id"].nunique()}
+        for name, part in (parts | {"Total": table}).items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").astype(int)
+
+
+def cooccurrence(table: pd.DataFrame) -> pd.DataFrame:
+    """Give P(column | row) for each pair of findings: 14 x 14 in [0, 1].
+
+    Among the films where the row's finding is present and the column's is known, the share where
+    the column's is present too; NaN where there is no such film.
+    """
+    labels = table[list(FINDINGS)].to_numpy(float, na_value=np.nan)  # (N, 14)
+    present, known = (labels == PRESENT).astype(float), (~np.isnan(labels)).astype(float)
+    with np.errstate(invalid="ignore"):
+        shares = (present.T @ present) / (present.T @ known)
+    return pd.DataFrame(shares, index=list(FINDINGS), columns=list(FINDINGS))

@@ -1,0 +1,255 @@
+"""Radiographs in and out of files, and the ranges they are held in.
+
+Section 3.1 of the paper works at 512 x 512. Three ranges exist and every function names its own:
+  uint8  (H, W) in [0, 255]      on disk and in memory
+  unit   (H, W) in [0, 1]        float32, one grey channel: metrics, figures
+  sd     (B, 3, H, W) in [-1, 1] what Stable Diffusion's VAE takes and gives
+B batch, H = W = image size. Only PNG and JPEG are opened, never more than max_pixels of them.
+Used by notebooks 01 to 06.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from prism_nb.files import atomic_path
+
+MAX_PIXELS = 100_000_000
+FORMATS = ("PNG", "JPEG")
+MODES_16 = ("I;16", "I;16B", "I;16L", "I")  # "I" is how older Pillow opens a 16-bit PNG
+MODES_8 = ("L", "RGB", "RGBA", "LA", "La", "P", "PA", "1")
+FITS = ("squash", "crop", "pad")
+
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError)
+_BROKEN += (struct.error, zlib.error)  # everything Pillow raises on a damaged file
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; `reason` is the message without the path."""
+
+    def __init__(self, reason, path=None):
+        super().__init__(reason if path is None else f"{path}: {reason}")
+        self.reason = reason
+
+
+def load_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Read a PNG or JPEG as one grey channel.
+
+    Returns float32 (H, W) in [0, 1]. 16-bit files are divided by the full scale of the bits they
+    use (10, 12, 14 or 16), never clipped; alpha is laid over black.
+    Raises ImageError for a missing, damaged, over-large or unsupported file.
+    """
+    with _open(path, max_pixels) as image:
+        return _grey(image, path)
+
+
+def load_film(
+    path: Path | str, size: int, fit: str = "squash", max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """Read a film at the size the models work at.
+
+    Returns uint8 (size, size). fit: squash (ignore the aspect ratio), crop (the central square)
+    or pad (whole film on black). Large JPEGs are decoded at a reduced scale, at least twice size.
+    Raises ImageError as load_image does.
+    """
+    if fit not in FITS:
+        raise ImageError(f"fit is {fit!r}; it must be one of {', '.join(FITS)}.")
+    with _open(path, max_pixels) as image:
+        image.draft("L", (2 * size, 2 * size))  # JPEG only: the decoder halves 1 to 3 times
+        grey = Image.fromarray(unit_to_uint8(_grey(image, path)))
+    return np.array(_resize(grey, size, fit))
+
+
+def load_films(
+    paths: Iterable[Path | str], size: int, fit: str = "squash", workers: int = 0
+) -> np.ndarray:
+    """Read many films: uint8 (N, size, size), in the order of paths; workers are threads."""
+    paths = list(paths)
+    films = np.empty((len(paths), size, size), dtype=np.uint8)
+
+    def read(index):
+        films[index] = load_film(paths[index], size, fit)
+
+    if workers <= 1:
+        for index in range(len(paths)):
+            read(index)
+        return films
+    with ThreadPoolExecutor(workers) as pool:  # decoding and resizing release the GIL
+        list(pool.map(read, range(len(paths))))
+    return films
+
+
+def check_image(path: Path | str, decode: bool = True, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise ImageError if the file could not be used; decode=False looks at the header only."""
+    with _open(path, max_pixels) as image:
+        if decode:
+            _load(image, path)
+
+
+def _open(path, max_pixels):
+    """Open a file lazily: only its header is read, so that bombs are refused before decoding."""
+    path = Path(path)
+    try:
+        if path.stat().st_size == 0:
+            raise ImageError("the file has zero bytes.", path)
+        image = Image.open(path, formats=FORMATS)
+    except FileNotFoundError:
+        raise ImageError("there is no such file.", path) from None
+    except IsADirectoryError:
+        raise ImageError("this is a folder, not an image.", path) from None
+    except PermissionError:
+        raise ImageError("reading it is not permitted.", path) from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(
+            "this is not a PNG or JPEG file, or its header is damaged.", path
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageError(f"it claims more than {max_pixels:,} pixels.", path) from None
+    except ImageError:
+        raise
+    except _BROKEN as error:
+        raise ImageError(f"the header cannot be read ({error}).", path) from None
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise ImageError(f"{width} x {height} is more than {max_pixels:,} pixels.", path)
+    if image.mode not in MODES_8 + MODES_16:
+        mode = image.mode
+        image.close()
+        raise ImageError(f"mode {mode} is not supported; save it as grey or RGB.", path)
+    return image
+
+
+def _load(image, path):
+    try:
+        image.load()
+    except _BROKEN as error:
+        raise ImageError(f"truncated or damaged ({error}).", path) from None
+
+
+def _grey(image, path):
+    """Decode to float32 (H, W) in [0, 1]."""
+    _load(image, path)
+    if image.mode in MODES_16:  # convert("L") would clip everything above 255
+        values = np.asarray(image).astype(np.float32)
+        return np.clip(values / _full_scale(values.max()), 0, 1)
+    if image.mode in ("P", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode in ("RGBA", "LA", "La"):
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+        grey = np.asarray(image.convert("RGB").convert("L"))
+        return grey.astype(np.float32) / 255 * (alpha.astype(np.float32) / 255)
+    return np.asarray(image.convert("L")).astype(np.float32) / 255
+
+
+def _full_scale(maximum):
+    """Guess the bits of a 16-bit file from its maximum: detectors write 10, 12, 14 or 16."""
+    return next((2**bits - 1 for bits in (8, 10, 12, 14) if maximum < 2**bits), 65535)
+
+
+def _resize(image, size, fit):
+    """Resize with area averaging, then Lanczos, as fit says; image is a Pillow image of mode L."""
+    width, height = image.size
+    if fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if fit != "pad":
+        return image.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    scale = size / max(width, height)
+    inner = max(1, round(width * scale)), max(1, round(height * scale))
+    canvas = Image.new("L", (size, size), 0)
+    corner = (size - inner[0]) // 2, (size - inner[1]) // 2
+    canvas.paste(image.resize(inner, Image.Resampling.LANCZOS, reducing_gap=3.0), corner)
+    return canvas
+
+
+def unit_to_sd(images):
+    """Turn unit images into what the VAE takes: the grey channel three times, in [-1, 1].
+
+    images: numpy or torch (B, H, W) in [0, 1]; returns torch (B, 3, H, W) in [-1, 1].
+    Raises ImageError for another shape or range.
+    """
+    import torch
+
+    images = torch.as_tensor(images)
+    if images.ndim != 3:
+        raise ImageError(f"unit_to_sd takes (B, H, W); it was given {tuple(images.shape)}.")
+    _check_range(images, 0, 1, "[0, 1]", "uint8_to_unit")
+    return (images * 2 - 1).unsqueeze(1).repeat(1, 3, 1, 1)  # (B, 3, H, W)
+
+
+def sd_to_unit(images):
+    """Turn the VAE's output into unit images: mean over channels, clamped.
+
+    images: torch (B, 3, H, W) in [-1, 1]; a decoder may overshoot, so up to [-4, 4] is taken.
+    Returns torch (B, H, W) in [0, 1]. Raises ImageError for another shape or range.
+    """
+    if images.ndim != 4:
+        raise ImageError(f"sd_to_unit takes (B, 3, H, W); it was given {tuple(images.shape)}.")
+    _check_range(images, -4, 4, "[-1, 1]", "unit_to_sd")
+    return (images.mean(dim=1) / 2 + 0.5).clamp(0, 1)  # (B, H, W)
+
+
+def _check_range(images, low, high, needed, helper):
+    if not images.is_floating_point():
+        raise ImageError(f"images are {images.dtype}; floats in {needed} are needed. See {helper}.")
+    if images.numel() == 0:
+        return
+    smallest, largest = images.min().item(), images.max().item()
+    if not (low - 1e-3 <= smallest and largest <= high + 1e-3):  # NaN fails this as well
+        raise ImageError(
+            f"images span [{smallest:.4g}, {largest:.4g}]; {needed} is needed. See {helper}."
+        )
+
+
+def uint8_to_unit(images: np.ndarray) -> np.ndarray:
+    """Turn uint8 in [0, 255] into float32 in [0, 1], any shape, numpy."""
+    images = np.asarray(images)
+    if images.dtype != np.uint8:
+        raise ImageError(f"images are {images.dtype}; uint8 in [0, 255] is needed.")
+    return images.astype(np.float32) / 255
+
+
+def unit_to_uint8(images) -> np.ndarray:
+    """Turn [0, 1] (numpy, or torch on any device) into uint8: clipped, halves rounded up."""
+    if hasattr(images, "detach"):
+        images = images.detach().float().cpu().numpy()
+    images = np.asarray(images)
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ImageError(f"images are {images.dtype}; floats in [0, 1] are needed.")
+    if not np.isfinite(images).all():
+        raise ImageError("images hold NaN or infinity; finite values in [0, 1] are needed.")
+    return np.floor(np.clip(images, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def save_png(path: Path | str, image, text: dict | None = None) -> None:
+    """Write a film as PNG, atomically, with text chunks for its provenance.
+
+    image: uint8, or floats in [0, 1]; (H, W) grey or (H, W, 3) colour. text: dict of strings.
+    """
+    if hasattr(image, "detach"):
+        image = image.detach().float().cpu().numpy()
+    image = np.asarray(image)
+    if image.dtype != np.uint8:
+        _check_unit(image)
+        image = unit_to_uint8(image)
+    if image.ndim != 2 and not (image.ndim == 3 and image.shape[2] == 3):
+        raise ImageError(f"save_png takes (H, W) or (H, W, 3); it was given {image.shape}.", path)
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(str(key), str(value))
+    with atomic_path(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunks)
+
+
+def _check_unit(image):
+    if image.size and not (image.min() >= -1e-3 and image.max() <= 1 + 1e-3):
+        raise ImageError(
+            f"the image spans [{image.min():.4g}, {image.max():.4g}]; [0, 1] is needed."
+        )
