@@ -1,0 +1,331 @@
+"""Train the bundled base model: a small Stable Diffusion whose world is the phantom.
+
+Four stages, each skipped when its folder is there: films, VAE (phantom films, and real ones if a folder
+is given), CLIP (contrastive, films against captions), U-Net (noise prediction on cached latents, EMA).
+Same classes of diffusers and transformers as Stable Diffusion v1.5, fewer channels.
+    python -m prism_nb.pretrain OUT [--size 128] [--films FOLDER] [--unet-steps 4500]
+Shapes: films (N, H, W) uint8; images (B, 3, H, W) in [-1, 1]; z (B, 4, H/4, W/4).
+"""
+
+import argparse
+import json
+import logging
+import re
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from prism_nb.captions import caption, vocabulary
+from prism_nb.files import atomic_path, read_json, write_json
+from prism_nb.images import load_films, uint8_to_unit, unit_to_sd
+from prism_nb.phantom import render, sample_patient
+
+log = logging.getLogger("pretrain")
+UNCONFOUNDED = 0.5658  # P(device | effusion) = P(device): the base itself must not be biased
+PRETRAIN_SEED = 1_000_003  # no cohort's population: its patients are never seen in a notebook
+
+
+def tokenizer_folder(folder, words):
+    """Write a CLIP tokenizer that keeps every one of `words` whole and spells all others."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    pieces = sorted({p for word in words for p in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", word.lower())})
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model.train_from_iterator(pieces, trainers.BpeTrainer(vocab_size=4000, end_of_word_suffix="</w>", show_progress=False))
+    learned = json.loads(model.to_str())["model"]
+    vocab = dict.fromkeys(letters + [c + "</w>" for c in letters] + sorted(learned["vocab"]))
+    vocab = [*vocab, "<|startoftext|>", "<|endoftext|>"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(vocab)}, merges=merges, model_max_length=77)
+    tokenizer.save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def tiny_vae():
+    """A KL-VAE that maps 4 x 4 pixels to one latent of 4 channels."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=128,
+        force_upcast=False,
+    )
+
+
+def tiny_unet(sample_size):
+    """A text-conditioned U-Net of three levels, cross-attention in the lower two."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        block_out_channels=(32, 64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=(1, 2, 4),
+        norm_num_groups=16,
+    )
+
+
+def tiny_clip(size, vocab_size):
+    """A CLIP of three layers a side; its text half conditions the U-Net."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    shared = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    ends = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
+    text = CLIPTextConfig(vocab_size=vocab_size, max_position_embeddings=77, projection_dim=64, **shared, **ends)
+    vision = CLIPVisionConfig(image_size=size, patch_size=size // 8, projection_dim=64, **shared)
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
+
+
+def random_base(folder, size=64, seed=0):
+    """A complete base model with random weights in diffusers' layout: for tests and for timing, not for use."""
+    torch.manual_seed(seed)
+    folder = Path(folder)
+    tokenizer = tokenizer_folder(folder / "tokenizer", vocabulary())
+    clip = tiny_clip(size, len(tokenizer))
+    save_clip(clip, folder, size)
+    tiny_vae().save_pretrained(folder / "vae")
+    tiny_unet(size // 4).save_pretrained(folder / "unet")
+    finish_folder(folder)
+    return folder
+
+
+def save_clip(clip, folder, size):
+    """Write the whole CLIP, its image processor, and its text half as the model's text encoder."""
+    from transformers import CLIPImageProcessor, CLIPTextModel
+
+    clip.save_pretrained(folder / "clip")
+    processor = CLIPImageProcessor(
+        size={"height": size, "width": size}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    processor.save_pretrained(folder / "clip")
+    encoder = CLIPTextModel(clip.config.text_config)
+    own = encoder.state_dict()
+    source = {k.removeprefix("text_model."): v for k, v in clip.text_model.state_dict().items()}
+    encoder.load_state_dict({k: source[k.removeprefix("text_model.")] for k in own})
+    encoder.save_pretrained(folder / "text_encoder")
+
+
+def finish_folder(folder):
+    """Scheduler and model index, so that StableDiffusionPipeline.from_pretrained loads the folder."""
+    from diffusers import DDIMScheduler
+
+    from prism_nb.diffusion import SCHEDULER
+
+    DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+    parts = {
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+    }
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1", "requires_safety_checker": False}
+    write_json(folder / "model_index.json", index | parts)
+
+
+def _film(number, size):
+    patient = sample_patient(PRETRAIN_SEED, number, UNCONFOUNDED)
+    return render(patient, size).image, patient.labels
+
+
+def phantom_films(work, num_films, size):
+    """Render the training films once: uint8 (N, H, W) and their labels."""
+    path = work / f"films-{size}.npz"
+    if not path.is_file():
+        with ProcessPoolExecutor(2) as pool:
+            pairs = list(pool.map(partial(_film, size=size), range(1, num_films + 1), chunksize=50))
+        with atomic_path(path) as temporary:
+            np.savez(temporary, films=np.stack([p[0] for p in pairs]), labels=json.dumps([p[1] for p in pairs]))
+    stored = np.load(path)
+    return stored["films"], json.loads(str(stored["labels"]))
+
+
+def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
+    """A plain loop: AdamW, one-cycle rate, clipped gradients; resumes from its own checkpoint every 250 steps."""
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps + 1, pct_start=0.1)
+    checkpoint, first, began = work / f"{name}.pt", 0, time.time()
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["step"]
+        if ema:
+            ema.load_state_dict(state["ema"])
+    running = []
+    for step in range(first, steps):
+        loss = loss_of(step)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        if ema:
+            ema.step(parameters)
+        running.append(loss.item())
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            log.info("%s step %d loss %.4f %.0f s", name, step + 1, np.mean(running), time.time() - began)
+            running = []
+            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
+            state |= {"schedule": schedule.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
+            with atomic_path(checkpoint) as temporary:
+                torch.save(state, temporary)
+
+
+def fit_vae(folder, work, films, steps, batch_size=12):
+    """L1 on pixels and on their differences (thin wires), a light KL; then the latents' scale.
+
+    Crops first, because they are four times cheaper; the last fifth sees whole films.
+    """
+    torch.manual_seed(1)
+    vae, whole = tiny_vae(), int(0.8 * steps)
+
+    def loss_of(step):
+        rng = np.random.default_rng((11, step))
+        number, crop = (batch_size, films.shape[1] // 2) if step < whole else (batch_size // 3, films.shape[1])
+        x = unit_to_sd(uint8_to_unit(_crop(films[rng.integers(len(films), size=number)], crop, rng)))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
+            y = vae.decode(posterior.mean + posterior.std * noise).sample
+        y = y.float()
+        edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (y.diff(dim=-2) - x.diff(dim=-2)).abs().mean()
+        return (y - x).abs().mean() + 0.5 * edges + 1e-6 * posterior.kl().float().mean() / len(x)
+
+    train(vae, list(vae.parameters()), loss_of, steps, 1.5e-3, work, "vae")
+    with torch.no_grad():
+        sample = np.random.default_rng(5).choice(len(films), 64, replace=False)
+        z = vae.eval().encode(unit_to_sd(uint8_to_unit(films[sample]))).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(float(1 / z.std()), 5))
+    vae.save_pretrained(folder / "vae")
+
+
+def _crop(films, crop, rng):
+    """One random window, half of the time mirrored: the VAE codes local detail, wherever it lies."""
+    films = films[:, :, ::-1] if rng.random() < 0.5 else films
+    top, left = rng.integers(films.shape[1] - crop + 1, size=2)
+    return np.ascontiguousarray(films[:, top : top + crop, left : left + crop])
+
+
+def _jitter(films, rng):
+    """Flips and small shifts: the VAE codes local detail, wherever it lies."""
+    films = films[:, :, ::-1] if rng.random() < 0.5 else films
+    return np.ascontiguousarray(np.roll(films, rng.integers(-8, 9, size=2), axis=(1, 2)))
+
+
+def caption_of(labels, rng):
+    """One of the templates that a cohort may be captioned with, drawn at random."""
+    template = "listing1" if rng.random() < 0.3 else "plain"
+    return caption(labels, template=template, negatives=bool(rng.random() < 0.25))
+
+
+def fit_clip(folder, work, films, labels, size, steps, batch_size=48):
+    """Contrastive training in which equal label sets are all positives of one another."""
+    torch.manual_seed(2)
+    tokenizer = tokenizer_folder(folder / "tokenizer", vocabulary())
+    clip = tiny_clip(size, len(tokenizer))
+    codes = np.array([sum(v << i for i, v in enumerate(row.values())) for row in labels])
+
+    def loss_of(step):
+        rng = np.random.default_rng((12, step))
+        rows = rng.integers(len(films), size=batch_size)
+        text = tokenizer([caption_of(labels[r], rng) for r in rows], padding="max_length", max_length=77, return_tensors="pt")
+        out = clip(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=unit_to_sd(uint8_to_unit(films[rows])))
+        same = torch.from_numpy(codes[rows][:, None] == codes[rows][None]).float()
+        target = same / same.sum(1, keepdim=True)
+        return (F.cross_entropy(out.logits_per_image, target) + F.cross_entropy(out.logits_per_text, target)) / 2
+
+    train(clip, list(clip.parameters()), loss_of, steps, 1e-3, work, "clip")
+    save_clip(clip, folder, size)
+
+
+def fit_unet(folder, work, films, labels, steps, batch_size=16):
+    """Noise prediction (Algorithm 1) on cached latents, 10 % of the captions empty, EMA weights kept."""
+    from diffusers.training_utils import EMAModel
+
+    from prism_nb.diffusion import Model, embed_captions, encode_films
+    from diffusers import AutoencoderKL, DDIMScheduler
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(3)
+    vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    frozen = Model(
+        vae, CLIPTextModel.from_pretrained(folder / "text_encoder").eval(),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"), None,
+        DDIMScheduler.from_pretrained(folder / "scheduler"), "", "", torch.device("cpu"),
+    )
+    latents = encode_films(frozen, uint8_to_unit(films), 32)
+    unet, texts = tiny_unet(latents.shape[-1]), {}
+    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+
+    def loss_of(step):
+        rng = np.random.default_rng((13, step))
+        rows = rng.integers(len(latents), size=batch_size)
+        words = ["" if rng.random() < 0.1 else caption_of(labels[r], rng) for r in rows]
+        for word in set(words) - set(texts):
+            texts[word] = embed_captions(frozen, [word])[0]
+        generator = torch.Generator().manual_seed(step)
+        noise = torch.randn(latents[rows].shape, generator=generator)
+        t = torch.randint(0, 1000, (batch_size,), generator=generator)
+        noisy = frozen.scheduler.add_noise(latents[rows], noise, t)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            eps = unet(noisy, t, encoder_hidden_states=torch.stack([texts[w] for w in words])).sample
+        return F.mse_loss(eps.float(), noise)
+
+    train(unet, list(unet.parameters()), loss_of, steps, 8e-4, work, "unet", ema=ema)
+    ema.copy_to(unet.parameters())
+    unet.half().save_pretrained(folder / "unet")  # half the size; loaded back as float32
+
+
+def main(argv=None):
+    """Run the stages that are not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--num-films", type=int, default=6000)
+    parser.add_argument("--films", type=Path, help="folder of real films for the VAE")
+    parser.add_argument("--vae-steps", type=int, default=2600)
+    parser.add_argument("--clip-steps", type=int, default=800)
+    parser.add_argument("--unet-steps", type=int, default=4500)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    folder, work = args.out, args.out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    films, labels = phantom_films(work, args.num_films, args.size)
+    log.info("%d films of %d px", len(films), args.size)
+    if not (folder / "vae").is_dir():
+        mix = films[:3000]
+        if args.films:
+            paths = sorted(p for p in args.films.iterdir() if p.is_file())
+            real = load_films([p for i, p in enumerate(paths) if i % 5], args.size)  # every fifth is kept for measuring
+            mix = np.concatenate([mix, np.repeat(real, max(1, len(mix) // len(real)), axis=0)])
+        fit_vae(folder, work, mix, args.vae_steps)
+    if not (folder / "clip").is_dir():
+        fit_clip(folder, work, films, labels, args.size, args.clip_steps)
+    finish_folder(folder)
+    if not (folder / "unet").is_dir():
+        fit_unet(folder, work, films, labels, args.unet_steps)
+    log.info("done: %s", folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The editing score S_CLIP and the filter on it (paper 2.3, Eq. 1).
+
+    S_CLIP = cos(E_I(X') - E_I(X), E_T(T') - E_T(T)), embeddings of unit length before the difference
+
+A filter is a selection, not evidence: results are reported before and after it.
+Films (B, H, W) in [0, 1]. Used by notebook 04.
+"""
+
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer
+
+from prism_nb.diffusion import ModelError, locate
+from prism_nb.files import read_json
+
+
+class ClipScorer:
+    """A CLIP with its image and text sides, and the score of Eq. 1."""
+
+    def __init__(self, clip, tokenizer, mean, std):
+        self.clip, self.tokenizer = clip.eval().requires_grad_(False), tokenizer
+        self.mean = torch.tensor(mean).view(1, 3, 1, 1).to(clip.device)
+        self.std = torch.tensor(std).view(1, 3, 1, 1).to(clip.device)
+
+    @torch.no_grad()
+    def embed_films(self, films, batch_size=32):
+        """Unit embeddings (B, D) of films (B, H, W) in [0, 1]."""
+        size = self.clip.config.vision_config.image_size
+        parts = []
+        for part in torch.as_tensor(films, dtype=torch.float32).split(batch_size):
+            x = part[:, None].to(self.clip.device)
+            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1).expand(-1, 3, -1, -1)
+            parts.append(_pooled(self.clip.get_image_features(pixel_values=(x - self.mean) / self.std)))
+        return F.normalize(torch.cat(parts), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts):
+        """Unit embeddings (B, D) of captions."""
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
+        features = self.clip.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        return F.normalize(_pooled(features), dim=-1)
+
+    def s_clip(self, factual, counterfactual, source, target):
+        """S_CLIP (B,) in [-1, 1] of edits: films X and X', captions T and T'."""
+        image_step = self.embed_films(counterfactual) - self.embed_films(factual)
+        text_step = self.embed_texts(target) - self.embed_texts(source)
+        return F.cosine_similarity(image_step, text_step, dim=-1).cpu().numpy()
+
+
+def _pooled(features):
+    """The projected embedding, whether transformers returns it bare or in an output object."""
+    return features if torch.is_tensor(features) else features.pooler_output
+
+
+def load_clip(clip_model, base_model, device):
+    """Load CLIP from "base" (the base model's clip/ folder), another folder, or the hub."""
+    folder = locate(base_model if clip_model == "base" else clip_model)
+    if clip_model == "base":
+        if not (Path(folder) / "clip").is_dir():
+            raise ModelError(f"base model {base_model} has no clip/: give clip_model, such as openai/clip-vit-large-patch14")
+        tokens, folder = Path(folder) / "tokenizer", Path(folder) / "clip"
+    else:
+        tokens = folder
+    try:
+        clip = CLIPModel.from_pretrained(folder, use_safetensors=True)
+        tokenizer = CLIPTokenizer.from_pretrained(tokens)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load CLIP {clip_model}: {str(error).strip().splitlines()[0][:160]}") from error
+    return ClipScorer(clip.to(device), tokenizer, *_statistics(Path(folder)))
+
+
+def _statistics(folder):
+    """Mean and std of the image processor; CLIP's own where the folder holds none."""
+    path = folder / "preprocessor_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    default = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+    return settings.get("image_mean", default[0]), settings.get("image_std", default[1])
