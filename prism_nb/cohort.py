@@ -254,12 +254,19 @@ def split_by_patient(
 
 
 def choose_films(table: pd.DataFrame, counts: dict[str, int], seed: int = 0) -> pd.DataFrame:
-    """Pick at most so many films of each split, the same for the same seed: {"test": 48, ...}."""
+    """Pick at most so many films of each split ({"test": 48, ...}), taking captions in turn.
+
+    Rare captions are so shown more often than they occur: every edit finds films, and shares
+    among the chosen say nothing of the cohort. The same seed picks the same films.
+    """
     parts = []
     for split, count in counts.items():
         films = table[table["split"] == split]
-        order = films["film_id"].map(lambda film: _digest(f"{seed}:{film}")).sort_values().index
-        parts.append(films.loc[order[:count]])
+        films = films.loc[
+            films["film_id"].map(lambda f: _digest(f"{seed}:{f}")).sort_values().index
+        ]
+        turn = films.groupby("caption").cumcount()  # 0 for the first film of every caption
+        parts.append(films.loc[turn.sort_values(kind="stable").index[:count]])
     return pd.concat(parts, ignore_index=True)
 
 

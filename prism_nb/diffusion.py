@@ -1,9 +1,9 @@
-"""The latent diffusion model: frozen VAE and CLIP text encoder, trainable U-Net, DDIM (paper 2.2, 3.1).
+"""The latent diffusion model: frozen VAE and text encoder, trainable U-Net (paper 2.2, 3.1).
 
-A base model is a folder in diffusers' layout (vae/ unet/ text_encoder/ tokenizer/ scheduler/, and clip/
-for S_CLIP), local, from the hub, or `phantom`, the small one that comes with the package.
-Shapes: film (B, H, W) in [0, 1]; z (B, C, h, w), already times the VAE's scaling factor; cond (B, L, D).
-Used by notebooks 02, 03 and 04.
+A base model is a folder in diffusers' layout (vae/ unet/ text_encoder/ tokenizer/ scheduler/, and
+clip/ for S_CLIP), local, from the hub, or `phantom`, the small one that comes with the package.
+Shapes: film (B, H, W) in [0, 1]; z (B, C, h, w), already times the VAE's scaling factor; cond (B,
+L, D). Used by notebooks 02, 03 and 04.
 """
 
 import json
@@ -58,19 +58,21 @@ class Model:
 
 
 def pick_device(device="auto"):
-    """The torch device for `auto`, `cpu` or `cuda`; raises ModelError where cuda is asked for and absent."""
+    """The torch device for auto, cpu or cuda; raises ModelError where cuda is absent."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError("device is cuda but torch sees no GPU: use device: cpu, or check `prism-nb doctor`")
+        raise ModelError(
+            "device is cuda but torch sees no GPU: use device: cpu, or check `prism-nb doctor`"
+        )
     return torch.device(device)
 
 
 def load_model(base_model="phantom", revision="", unet_weights="", device="auto", precision="fp32"):
     """Load a base model, or a fine-tuned one written by save_unet, for inference.
 
-    `unet_weights` replaces the U-Net alone: a diffusers folder, or the bare `model.safetensors` of an
-    accelerate state. Raises ModelError on a missing, partial, corrupt or mismatched folder.
+    `unet_weights` replaces the U-Net alone: a diffusers folder, or the bare `model.safetensors`
+    of an accelerate state. Raises ModelError on a missing, partial, corrupt or mismatched folder.
     """
     device, folder = pick_device(device), locate(base_model)
     pointer = Path(folder) / "base.json"
@@ -99,8 +101,8 @@ def load_model(base_model="phantom", revision="", unet_weights="", device="auto"
     )
     if model.text_encoder.config.hidden_size != model.unet.config.cross_attention_dim:
         raise ModelError(
-            f"{base_model}: the text encoder gives {model.text_encoder.config.hidden_size} numbers a token, the "
-            f"U-Net takes {model.unet.config.cross_attention_dim}: they are not of one model"
+            f"{base_model}: the text encoder gives {model.text_encoder.config.hidden_size} numbers "
+            f"a token, the U-Net takes {model.unet.config.cross_attention_dim}: not one model"
         )
     return model
 
@@ -112,15 +114,22 @@ def locate(base_model):
     if Path(base_model).is_dir():
         return str(Path(base_model))
     if base_model.count("/") != 1 or base_model.startswith((".", "/", "~")):
-        raise ModelError(f"base_model {base_model!r}: no such folder; give phantom, a folder, or a hub name owner/model")
+        raise ModelError(
+            f"base_model {base_model!r}: no such folder; give phantom, a folder, or owner/model"
+        )
     return base_model
 
 
 def _load_part(cls, folder, name, revision):
     local = Path(folder).is_dir()
     if local and not (Path(folder) / name).is_dir():
-        raise ModelError(f"base model {folder} has no {name}/: need vae, unet, text_encoder, tokenizer and scheduler")
-    options = {"subfolder": name, "local_files_only": local or os.environ.get("HF_HUB_OFFLINE") == "1"}
+        raise ModelError(
+            f"base model {folder} has no {name}/: it needs vae, unet, text_encoder and tokenizer"
+        )
+    options = {
+        "subfolder": name,
+        "local_files_only": local or os.environ.get("HF_HUB_OFFLINE") == "1",
+    }
     if revision:
         options["revision"] = revision
     if cls is not CLIPTokenizer:
@@ -129,29 +138,48 @@ def _load_part(cls, folder, name, revision):
         return cls.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0][:160]
-        where = "is the folder whole?" if local else "no such model, or no network and not in the local cache"
-        raise ModelError(f"cannot load {name} of base model {folder}: {where} ({reason})") from error
+        where = (
+            "is the folder whole?"
+            if local
+            else "no such model, or no network and not in the local cache"
+        )
+        raise ModelError(
+            f"cannot load {name} of base model {folder}: {where} ({reason})"
+        ) from error
 
 
 def replace_unet(unet, weights):
-    """Load other U-Net weights in place: a diffusers folder or one safetensors file (an accelerate state)."""
+    """Load other U-Net weights in place: a diffusers folder or one safetensors file."""
     path = Path(weights)
     if path.is_dir():
-        path = next((path / n for n in ("diffusion_pytorch_model.safetensors", "model.safetensors") if (path / n).is_file()), path)
+        path = next(
+            (
+                path / n
+                for n in ("diffusion_pytorch_model.safetensors", "model.safetensors")
+                if (path / n).is_file()
+            ),
+            path,
+        )
     if not path.is_file():
-        raise ModelError(f"unet_weights {weights}: need a diffusers folder or a .safetensors file there")
+        raise ModelError(
+            f"unet_weights {weights}: need a diffusers folder or a .safetensors file there"
+        )
     try:
         state = load_file(path)
-    except Exception as error:  # safetensors raises its own error class for every kind of corruption
-        raise ModelError(f"unet_weights {path} is not a whole safetensors file ({error})") from error
+    except (
+        Exception
+    ) as error:  # safetensors raises its own error class for every kind of corruption
+        raise ModelError(
+            f"unet_weights {path} is not a whole safetensors file ({error})"
+        ) from error
     state = {key.removeprefix("module."): value for key, value in state.items()}
     missing, unexpected = set(unet.state_dict()) - set(state), set(state) - set(unet.state_dict())
     wrong = [k for k, v in unet.state_dict().items() if k in state and state[k].shape != v.shape]
     if missing or unexpected or wrong:
         odd = sorted(wrong or missing or unexpected)[0]
         raise ModelError(
-            f"unet_weights {path} is of another architecture: {len(missing)} tensors missing, {len(unexpected)} "
-            f"unknown, {len(wrong)} of another shape (first: {odd})"
+            f"unet_weights {path} is of another architecture: {len(missing)} tensors missing, "
+            f"{len(unexpected)} unknown, {len(wrong)} of another shape (first: {odd})"
         )
     unet.load_state_dict(state)
 
@@ -185,7 +213,12 @@ def encode_films(model, films, batch_size=16):
 def decode_latents(model, z, batch_size=16):
     """Latents (B, C, h, w) to films (B, H, W) in [0, 1], float32 on the CPU."""
     scale = model.vae.config.scaling_factor
-    return torch.cat([sd_to_unit(model.vae.decode(part / scale).sample).float().cpu() for part in z.split(batch_size)])
+    return torch.cat(
+        [
+            sd_to_unit(model.vae.decode(part / scale).sample).float().cpu()
+            for part in z.split(batch_size)
+        ]
+    )
 
 
 @torch.no_grad()
@@ -210,8 +243,10 @@ def predict_noise(model, z, t, cond):
 
 
 def ddim_step(z, eps, alpha_from, alpha_to):
-    """Move z between two noise levels along the deterministic DDIM path, either way (Song et al. 2020, eq. 12)."""
-    z0 = (z - (1 - alpha_from).sqrt() * eps) / alpha_from.sqrt()  # (B, C, h, w), the predicted clean latent
+    """Move z between two noise levels along DDIM's path, either way (Song 2020, eq. 12)."""
+    z0 = (
+        z - (1 - alpha_from).sqrt() * eps
+    ) / alpha_from.sqrt()  # (B, C, h, w), the predicted clean latent
     return alpha_to.sqrt() * z0 + (1 - alpha_to).sqrt() * eps
 
 

@@ -1,9 +1,9 @@
 """Edits as a plan and on disk: which film gets which edit, and the films that came of it.
 
-A plan has one row an edit: film_id, patient_id, split, edit, finding, present, source, target (the
-captions T and T'), row (the film's position). On disk `edits/` holds a PNG a film, marked SYNTHETIC, and
-`edits.parquet`: the plan's columns and method, s_clip, kept, path. Films (B, H, W) in [0, 1].
-Used by notebooks 04, 05 and 06.
+A plan has one row an edit: film_id, patient_id, split, edit, finding, present, source, target
+(the captions T and T'), row (the film's position). On disk `edits/` holds a PNG a film, marked
+SYNTHETIC, and `edits.parquet`: the plan's columns and method, s_clip, kept, path. Films (B, H, W)
+in [0, 1]. Used by notebooks 04, 05 and 06.
 """
 
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ class Edit:
 
 
 def parse_edit(text):
-    """Read "remove Support Devices" or "add pleural effusion"; raises ValueError on anything else."""
+    """Read "remove Support Devices" or "add edema"; raises ValueError on anything else."""
     verb, _, finding = text.strip().partition(" ")
     if verb not in ("add", "remove") or not finding:
         raise ValueError(
-            f'edit {text!r}: write "add" or "remove" and a finding, such as "remove Support Devices"'
+            f'edit {text!r}: write "add" or "remove" and a finding, as in "remove Edema"'
         )
     return Edit(finding_from(finding), verb == "add")
 
@@ -48,8 +48,8 @@ def parse_edit(text):
 def plan_edits(table, edits, template="plain", negatives=False):
     """Plan which film of a cohort's table gets which edit: a DataFrame with the columns PLAN.
 
-    A film that is already as the edit wants, or whose label is unknown, is left out. Raises ValueError when
-    no film is left to edit.
+    A film that is already as the edit wants, or whose label is unknown, is left out. Raises
+    ValueError when no film is left to edit.
     """
     rows = []
     for row in range(len(table)):
@@ -65,7 +65,9 @@ def plan_edits(table, edits, template="plain", negatives=False):
             rows.append((*about, edit.name, edit.finding, edit.present, *pair, row))
     if not rows:
         wanted = ", ".join(edit.name for edit in edits)
-        raise ValueError(f"no inverted film can take any of the edits ({wanted}): name others or invert more")
+        raise ValueError(
+            f"no inverted film can take any of the edits ({wanted}): name others or invert more"
+        )
     return pd.DataFrame(rows, columns=list(PLAN))
 
 
@@ -82,7 +84,9 @@ def truths(cohort, plan):
     for number, row in enumerate(plan.itertuples()):
         if row.finding in phantom.DRAWN:
             do = {row.finding: int(row.present)}
-            film, masks[number] = phantom.true_counterfactual(cohort.image_root, row.film_id, do, size)
+            film, masks[number] = phantom.true_counterfactual(
+                cohort.image_root, row.film_id, do, size
+            )
             films[number] = uint8_to_unit(film)
     return films, masks
 
@@ -113,7 +117,11 @@ def save_edits(folder, plan, edited, table, floors, provenance):
 def _mark(text, provenance):
     """PNG text that says what the picture is: no reader may take it for a patient's film."""
     versions = ", ".join(f"{k} {v}" for k, v in provenance.get("versions", {}).items())
-    return {"Description": "SYNTHETIC counterfactual, made by prism_nb", "Software": versions, **text}
+    return {
+        "Description": "SYNTHETIC counterfactual, made by prism_nb",
+        "Software": versions,
+        **text,
+    }
 
 
 def slug_edit(edit):

@@ -1,9 +1,10 @@
 """Inversion: the noise that a film came from (paper Appendix B, Figure 5).
 
-`ddim_invert` walks z0 up the schedule with the film's own caption; `ddim_sample` walks back down. Both
-use one `ddim_step`, and both call the U-Net at the *noisier* timestep of each step, as diffusers'
-DDIMInverseScheduler and DDIMScheduler do. Inversion is approximate: the noise is predicted from the
-cleaner latent. Shapes: trajectory (N + 1, B, C, h, w), z0 first; cond (B, L, D). Used by notebooks 03, 04.
+`ddim_invert` walks z0 up the schedule with the film's own caption; `ddim_sample` walks back down.
+Both use one `ddim_step`, and both call the U-Net at the *noisier* timestep of each step, as
+diffusers' DDIMInverseScheduler and DDIMScheduler do. Inversion is approximate: the noise is
+predicted from the cleaner latent. Shapes: trajectory (N + 1, B, C, h, w), z0 first; cond (B, L,
+D). Used by notebooks 03, 04.
 """
 
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ class Inversion:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / "trajectory.safetensors") as temporary:
             save_file({"trajectory": self.trajectory.contiguous()}, temporary)
-        write_json(folder / "inversion.json", {"film_ids": self.film_ids, "captions": self.captions})
+        write_json(
+            folder / "inversion.json", {"film_ids": self.film_ids, "captions": self.captions}
+        )
 
 
 def load_inversion(folder):
@@ -49,7 +52,9 @@ def load_inversion(folder):
     try:
         trajectory = load_file(folder / "trajectory.safetensors")["trajectory"]
     except SafetensorError as error:
-        raise ValueError(f"{folder}/trajectory.safetensors is damaged ({error}): run 03_invert again") from error
+        raise ValueError(
+            f"{folder}/trajectory.safetensors is damaged ({error}): run 03_invert again"
+        ) from error
     return Inversion(about["film_ids"], about["captions"], trajectory)
 
 
@@ -64,18 +69,23 @@ def ddim_invert(model, z0, cond, num_steps):
     trajectory = [z0.float()]
     for t_from, t_to in pairwise(levels(model, num_steps)):
         eps = predict_noise(model, trajectory[-1], t_to, cond)
-        trajectory.append(ddim_step(trajectory[-1], eps, alpha_at(model, t_from), alpha_at(model, t_to)))
+        trajectory.append(
+            ddim_step(trajectory[-1], eps, alpha_at(model, t_from), alpha_at(model, t_to))
+        )
     return torch.stack(trajectory)
 
 
 @torch.no_grad()
 def ddim_sample(model, noise, cond, num_steps, guidance_scale=1.0, uncond=None):
-    """Walk noise (B, C, h, w) down to z0, guided from `uncond` towards `cond` when guidance_scale is not 1.
+    """Walk noise (B, C, h, w) down to z0, guided from `uncond` towards `cond`.
 
-    Classifier-free guidance: eps = eps_uncond + w (eps_cond - eps_uncond); w = 1 is the caption alone.
+    Classifier-free guidance: eps = eps_uncond + w (eps_cond - eps_uncond); w = 1 is the caption
+    alone.
     """
     if guidance_scale != 1.0 and uncond is None:
-        raise ValueError(f"guidance_scale is {guidance_scale}: guidance needs the embedding of the empty caption")
+        raise ValueError(
+            f"guidance_scale is {guidance_scale}: guidance needs the embedding of the empty caption"
+        )
     z = noise.float()
     for t_to, t_from in pairwise(reversed(levels(model, num_steps))):
         eps = guided_noise(model, z, t_to, cond, uncond, guidance_scale)

@@ -1,8 +1,9 @@
 """Every film and every caption of a cohort, encoded once: training never touches VAE or CLIP again.
 
-The VAE's posterior is kept as mean and standard deviation, so that each step can draw its own sample,
-as Algorithm 1's `vae.encode` does. Equal captions share one row of text embeddings.
-Shapes: mean, std (N, C, h, w), already scaled; text (U, L, D); caption_index (N,). Used by notebook 02.
+The VAE's posterior is kept as mean and standard deviation, so that each step can draw its own
+sample, as Algorithm 1's `vae.encode` does. Equal captions share one row of text embeddings.
+Shapes: mean, std (N, C, h, w), already scaled; text (U, L, D); caption_index (N,). Used by
+notebook 02.
 """
 
 from dataclasses import dataclass
@@ -63,7 +64,10 @@ def encode_cohort(model, table, image_root, size, fit, folder, batch_size=16):
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "latents.safetensors") as temporary:
         save_file(tensors, temporary)
-    write_json(folder / "latents.json", {"film_ids": film_ids, "captions": captions, "size": size, "fit": fit})
+    write_json(
+        folder / "latents.json",
+        {"film_ids": film_ids, "captions": captions, "size": size, "fit": fit},
+    )
     return load_latents(folder)
 
 

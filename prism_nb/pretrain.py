@@ -1,8 +1,9 @@
 """Train the bundled base model: a small Stable Diffusion whose world is the phantom.
 
-Four stages, each skipped when its folder is there: films, VAE (phantom films, and real ones if a folder
-is given), CLIP (contrastive, films against captions), U-Net (noise prediction on cached latents, EMA).
-Same classes of diffusers and transformers as Stable Diffusion v1.5, fewer channels.
+Four stages, each skipped when its folder is there: films, VAE (phantom films, and real ones if a
+folder is given), CLIP (contrastive, films against captions), U-Net (noise prediction on cached
+latents, EMA). Same classes of diffusers and transformers as Stable Diffusion v1.5, fewer
+channels.
     python -m prism_nb.pretrain OUT [--size 128] [--films FOLDER] [--unet-steps 4500]
 Shapes: films (N, H, W) uint8; images (B, 3, H, W) in [-1, 1]; z (B, 4, H/4, W/4).
 """
@@ -21,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from prism_nb.captions import caption, vocabulary
-from prism_nb.files import atomic_path, read_json, write_json
+from prism_nb.files import atomic_path, write_json
 from prism_nb.images import load_films, uint8_to_unit, unit_to_sd
 from prism_nb.phantom import render, sample_patient
 
@@ -35,16 +36,22 @@ def tokenizer_folder(folder, words):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
-    pieces = sorted({p for word in words for p in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", word.lower())})
+    pieces = sorted(
+        {p for word in words for p in re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]+", word.lower())}
+    )
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    model.train_from_iterator(pieces, trainers.BpeTrainer(vocab_size=4000, end_of_word_suffix="</w>", show_progress=False))
+    model.train_from_iterator(
+        pieces, trainers.BpeTrainer(vocab_size=4000, end_of_word_suffix="</w>", show_progress=False)
+    )
     learned = json.loads(model.to_str())["model"]
     vocab = dict.fromkeys(letters + [c + "</w>" for c in letters] + sorted(learned["vocab"]))
     vocab = [*vocab, "<|startoftext|>", "<|endoftext|>"]
     merges = [tuple(pair) for pair in learned["merges"]]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(vocab)}, merges=merges, model_max_length=77)
+    tokenizer = CLIPTokenizer(
+        vocab={t: i for i, t in enumerate(vocab)}, merges=merges, model_max_length=77
+    )
     tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
@@ -85,15 +92,28 @@ def tiny_clip(size, vocab_size):
     """A CLIP of three layers a side; its text half conditions the U-Net."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-    shared = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
-    ends = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
-    text = CLIPTextConfig(vocab_size=vocab_size, max_position_embeddings=77, projection_dim=64, **shared, **ends)
+    shared = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    ends = {
+        "bos_token_id": vocab_size - 2,
+        "eos_token_id": vocab_size - 1,
+        "pad_token_id": vocab_size - 1,
+    }
+    text = CLIPTextConfig(
+        vocab_size=vocab_size, max_position_embeddings=77, projection_dim=64, **shared, **ends
+    )
     vision = CLIPVisionConfig(image_size=size, patch_size=size // 8, projection_dim=64, **shared)
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
+    return CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
+    )
 
 
 def random_base(folder, size=64, seed=0):
-    """A complete base model with random weights in diffusers' layout: for tests and for timing, not for use."""
+    """A complete base model with random weights: for tests and for timing, not for use."""
     torch.manual_seed(seed)
     folder = Path(folder)
     tokenizer = tokenizer_folder(folder / "tokenizer", vocabulary())
@@ -111,7 +131,10 @@ def save_clip(clip, folder, size):
 
     clip.save_pretrained(folder / "clip")
     processor = CLIPImageProcessor(
-        size={"height": size, "width": size}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size={"height": size, "width": size},
+        do_center_crop=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
     )
     processor.save_pretrained(folder / "clip")
     encoder = CLIPTextModel(clip.config.text_config)
@@ -122,7 +145,7 @@ def save_clip(clip, folder, size):
 
 
 def finish_folder(folder):
-    """Scheduler and model index, so that StableDiffusionPipeline.from_pretrained loads the folder."""
+    """Scheduler and model index: StableDiffusionPipeline.from_pretrained loads the folder."""
     from diffusers import DDIMScheduler
 
     from prism_nb.diffusion import SCHEDULER
@@ -137,7 +160,11 @@ def finish_folder(folder):
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
     }
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1", "requires_safety_checker": False}
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.42.1",
+        "requires_safety_checker": False,
+    }
     write_json(folder / "model_index.json", index | parts)
 
 
@@ -153,15 +180,21 @@ def phantom_films(work, num_films, size):
         with ProcessPoolExecutor(2) as pool:
             pairs = list(pool.map(partial(_film, size=size), range(1, num_films + 1), chunksize=50))
         with atomic_path(path) as temporary:
-            np.savez(temporary, films=np.stack([p[0] for p in pairs]), labels=json.dumps([p[1] for p in pairs]))
+            np.savez(
+                temporary,
+                films=np.stack([p[0] for p in pairs]),
+                labels=json.dumps([p[1] for p in pairs]),
+            )
     stored = np.load(path)
     return stored["films"], json.loads(str(stored["labels"]))
 
 
 def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
-    """A plain loop: AdamW, one-cycle rate, clipped gradients; resumes from its own checkpoint every 250 steps."""
+    """AdamW, one-cycle rate, clipped gradients; resumes from its checkpoint every 250 steps."""
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps + 1, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, rate, total_steps=steps + 1, pct_start=0.1
+    )
     checkpoint, first, began = work / f"{name}.pt", 0, time.time()
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
@@ -183,10 +216,18 @@ def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
             ema.step(parameters)
         running.append(loss.item())
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            log.info("%s step %d loss %.4f %.0f s", name, step + 1, np.mean(running), time.time() - began)
+            log.info(
+                "%s step %d loss %.4f %.0f s", name, step + 1, np.mean(running), time.time() - began
+            )
             running = []
-            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
-            state |= {"schedule": schedule.state_dict()} | ({"ema": ema.state_dict()} if ema else {})
+            state = {
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "step": step + 1,
+            }
+            state |= {"schedule": schedule.state_dict()} | (
+                {"ema": ema.state_dict()} if ema else {}
+            )
             with atomic_path(checkpoint) as temporary:
                 torch.save(state, temporary)
 
@@ -201,14 +242,20 @@ def fit_vae(folder, work, films, steps, batch_size=12):
 
     def loss_of(step):
         rng = np.random.default_rng((11, step))
-        number, crop = (batch_size, films.shape[1] // 2) if step < whole else (batch_size // 3, films.shape[1])
-        x = unit_to_sd(uint8_to_unit(_crop(films[rng.integers(len(films), size=number)], crop, rng)))
+        number, crop = (
+            (batch_size, films.shape[1] // 2) if step < whole else (batch_size // 3, films.shape[1])
+        )
+        x = unit_to_sd(
+            uint8_to_unit(_crop(films[rng.integers(len(films), size=number)], crop, rng))
+        )
         with torch.autocast("cpu", dtype=torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
             y = vae.decode(posterior.mean + posterior.std * noise).sample
         y = y.float()
-        edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (y.diff(dim=-2) - x.diff(dim=-2)).abs().mean()
+        edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (
+            y.diff(dim=-2) - x.diff(dim=-2)
+        ).abs().mean()
         return (y - x).abs().mean() + 0.5 * edges + 1e-6 * posterior.kl().float().mean() / len(x)
 
     train(vae, list(vae.parameters()), loss_of, steps, 1.5e-3, work, "vae")
@@ -220,7 +267,7 @@ def fit_vae(folder, work, films, steps, batch_size=12):
 
 
 def _crop(films, crop, rng):
-    """One random window, half of the time mirrored: the VAE codes local detail, wherever it lies."""
+    """One random window, half of the time mirrored: the VAE codes local detail."""
     films = films[:, :, ::-1] if rng.random() < 0.5 else films
     top, left = rng.integers(films.shape[1] - crop + 1, size=2)
     return np.ascontiguousarray(films[:, top : top + crop, left : left + crop])
@@ -248,30 +295,47 @@ def fit_clip(folder, work, films, labels, size, steps, batch_size=48):
     def loss_of(step):
         rng = np.random.default_rng((12, step))
         rows = rng.integers(len(films), size=batch_size)
-        text = tokenizer([caption_of(labels[r], rng) for r in rows], padding="max_length", max_length=77, return_tensors="pt")
-        out = clip(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=unit_to_sd(uint8_to_unit(films[rows])))
+        text = tokenizer(
+            [caption_of(labels[r], rng) for r in rows],
+            padding="max_length",
+            max_length=77,
+            return_tensors="pt",
+        )
+        out = clip(
+            input_ids=text.input_ids,
+            attention_mask=text.attention_mask,
+            pixel_values=unit_to_sd(uint8_to_unit(films[rows])),
+        )
         same = torch.from_numpy(codes[rows][:, None] == codes[rows][None]).float()
         target = same / same.sum(1, keepdim=True)
-        return (F.cross_entropy(out.logits_per_image, target) + F.cross_entropy(out.logits_per_text, target)) / 2
+        return (
+            F.cross_entropy(out.logits_per_image, target)
+            + F.cross_entropy(out.logits_per_text, target)
+        ) / 2
 
     train(clip, list(clip.parameters()), loss_of, steps, 1e-3, work, "clip")
     save_clip(clip, folder, size)
 
 
 def fit_unet(folder, work, films, labels, steps, batch_size=16):
-    """Noise prediction (Algorithm 1) on cached latents, 10 % of the captions empty, EMA weights kept."""
+    """Noise prediction (Algorithm 1) on cached latents, 10 % empty captions, EMA kept."""
+    from diffusers import AutoencoderKL, DDIMScheduler
     from diffusers.training_utils import EMAModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
     from prism_nb.diffusion import Model, embed_captions, encode_films
-    from diffusers import AutoencoderKL, DDIMScheduler
-    from transformers import CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(3)
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     frozen = Model(
-        vae, CLIPTextModel.from_pretrained(folder / "text_encoder").eval(),
-        CLIPTokenizer.from_pretrained(folder / "tokenizer"), None,
-        DDIMScheduler.from_pretrained(folder / "scheduler"), "", "", torch.device("cpu"),
+        vae,
+        CLIPTextModel.from_pretrained(folder / "text_encoder").eval(),
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        None,
+        DDIMScheduler.from_pretrained(folder / "scheduler"),
+        "",
+        "",
+        torch.device("cpu"),
     )
     latents = encode_films(frozen, uint8_to_unit(films), 32)
     unet, texts = tiny_unet(latents.shape[-1]), {}
@@ -288,7 +352,9 @@ def fit_unet(folder, work, films, labels, steps, batch_size=16):
         t = torch.randint(0, 1000, (batch_size,), generator=generator)
         noisy = frozen.scheduler.add_noise(latents[rows], noise, t)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            eps = unet(noisy, t, encoder_hidden_states=torch.stack([texts[w] for w in words])).sample
+            eps = unet(
+                noisy, t, encoder_hidden_states=torch.stack([texts[w] for w in words])
+            ).sample
         return F.mse_loss(eps.float(), noise)
 
     train(unet, list(unet.parameters()), loss_of, steps, 8e-4, work, "unet", ema=ema)
@@ -316,7 +382,9 @@ def main(argv=None):
         mix = films[:3000]
         if args.films:
             paths = sorted(p for p in args.films.iterdir() if p.is_file())
-            real = load_films([p for i, p in enumerate(paths) if i % 5], args.size)  # every fifth is kept for measuring
+            real = load_films(
+                [p for i, p in enumerate(paths) if i % 5], args.size
+            )  # every fifth is kept for measuring
             mix = np.concatenate([mix, np.repeat(real, max(1, len(mix) // len(real)), axis=0)])
         fit_vae(folder, work, mix, args.vae_steps)
     if not (folder / "clip").is_dir():

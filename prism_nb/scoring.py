@@ -1,9 +1,9 @@
 """The editing score S_CLIP and the filter on it (paper 2.3, Eq. 1).
 
-    S_CLIP = cos(E_I(X') - E_I(X), E_T(T') - E_T(T)), embeddings of unit length before the difference
+    S_CLIP = cos(E_I(X') - E_I(X), E_T(T') - E_T(T)), embeddings of unit length
 
-A filter is a selection, not evidence: results are reported before and after it.
-Films (B, H, W) in [0, 1]. Used by notebook 04.
+A filter is a selection, not evidence: results are reported before and after it. Films (B, H, W)
+in [0, 1]. Used by notebook 04.
 """
 
 from pathlib import Path
@@ -31,15 +31,25 @@ class ClipScorer:
         parts = []
         for part in torch.as_tensor(films, dtype=torch.float32).split(batch_size):
             x = part[:, None].to(self.clip.device)
-            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1).expand(-1, 3, -1, -1)
-            parts.append(_pooled(self.clip.get_image_features(pixel_values=(x - self.mean) / self.std)))
+            x = (
+                F.interpolate(x, (size, size), mode="bicubic", antialias=True)
+                .clamp(0, 1)
+                .expand(-1, 3, -1, -1)
+            )
+            parts.append(
+                _pooled(self.clip.get_image_features(pixel_values=(x - self.mean) / self.std))
+            )
         return F.normalize(torch.cat(parts), dim=-1)
 
     @torch.no_grad()
     def embed_texts(self, texts):
         """Unit embeddings (B, D) of captions."""
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
-        features = self.clip.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(
+            self.clip.device
+        )
+        features = self.clip.get_text_features(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        )
         return F.normalize(_pooled(features), dim=-1)
 
     def s_clip(self, factual, counterfactual, source, target):
@@ -59,7 +69,9 @@ def load_clip(clip_model, base_model, device):
     folder = locate(base_model if clip_model == "base" else clip_model)
     if clip_model == "base":
         if not (Path(folder) / "clip").is_dir():
-            raise ModelError(f"base model {base_model} has no clip/: give clip_model, such as openai/clip-vit-large-patch14")
+            raise ModelError(
+                f"base model {base_model} has no clip/: give clip_model a folder or a hub name"
+            )
         tokens, folder = Path(folder) / "tokenizer", Path(folder) / "clip"
     else:
         tokens = folder
@@ -67,7 +79,9 @@ def load_clip(clip_model, base_model, device):
         clip = CLIPModel.from_pretrained(folder, use_safetensors=True)
         tokenizer = CLIPTokenizer.from_pretrained(tokens)
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load CLIP {clip_model}: {str(error).strip().splitlines()[0][:160]}") from error
+        raise ModelError(
+            f"cannot load CLIP {clip_model}: {str(error).strip().splitlines()[0][:160]}"
+        ) from error
     return ClipScorer(clip.to(device), tokenizer, *_statistics(Path(folder)))
 
 

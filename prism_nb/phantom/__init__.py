@@ -1,9 +1,9 @@
 """The causal chest phantom: films whose true counterfactual is known pixel for pixel.
 
-Read in the order graph, anatomy, devices, renderer, cohort. It says how an editor behaves when the
-truth is known; it says nothing about patients. This version draws pleural effusion, cardiomegaly and
-five kinds of device; the other eleven labels stay blank or, for No Finding, follow from these.
-Images (H, W) uint8. Used by notebooks 01, 04, 05 and 06.
+Read in the order graph, anatomy, devices, renderer, cohort. It says how an editor behaves when
+the truth is known; it says nothing about patients. This version draws pleural effusion,
+cardiomegaly and five kinds of device; the other eleven labels stay blank or, for No Finding,
+follow from these. Images (H, W) uint8. Used by notebooks 01, 04, 05 and 06.
 """
 
 from prism_nb.phantom.cohort import (

@@ -24,7 +24,7 @@ def smooth(distance, width):
 
 
 def body_numbers(patient):
-    """The patient's anatomy in cm, all exogenous: thorax, levels, depth, ribs, heart ratio by view."""
+    """The patient's anatomy in cm, all of it exogenous."""
     rng, male = patient.draw("anatomy"), patient.sex == "Male"
     thorax = np.clip(rng.normal(29.7 if male else 27.1, 1.8), 23, 33.5)
     dome_right = rng.normal(27.0, 1.0) - (1.0 if patient.view == "AP" else 0.0)
@@ -48,16 +48,20 @@ def body_numbers(patient):
 def body_depth(x, y, b):
     """Soft-tissue depth of the trunk, shoulders and neck."""
     shoulder = smooth(y - 5.0 - 0.18 * np.abs(x), 6.0)
-    half = (5.5 + b["wall"] * 0.3) + (b["half"] + b["wall"] - 4.2 + 2.2 * smooth(12 - y, 8)) * shoulder
+    half = (5.5 + b["wall"] * 0.3) + (
+        b["half"] + b["wall"] - 4.2 + 2.2 * smooth(12 - y, 8)
+    ) * shoulder
     across = np.clip(1 - (np.abs(x) / half) ** 2.6, 0, None) ** (1 / 2.2)
     return (b["depth"] * (0.62 + 0.38 * shoulder) * across).astype(np.float32)
 
 
 def lung_side(x, y, b, side):
-    """One lung (side -1: the image's left): its soft mask, lateral position in [0, 1] and roundness in [0, 1]."""
+    """One lung (side -1: the image's left): soft mask, lateral position, roundness, in [0, 1]."""
     dome_x = 0.52 * b["half"]
     lateral = np.abs(x)
-    floor = b["dome"][side] + 0.055 * (lateral - dome_x) ** 2 * np.where(lateral > dome_x, 1.5, 0.55)
+    floor = b["dome"][side] + 0.055 * (lateral - dome_x) ** 2 * np.where(
+        lateral > dome_x, 1.5, 0.55
+    )
     s = np.clip((y - b["apex"]) / (b["dome"][side] + 4 - b["apex"]), 1e-4, 1)
     outer = 5.2 + (b["half"] - 5.2) * (1 - (1 - s) ** 2.6) ** 0.5
     inner = 2.7 + 2.5 * (1 - s) ** 6
@@ -71,7 +75,7 @@ def lung_side(x, y, b, side):
 
 
 def heart(x, y, b, ratio):
-    """Share of the chest's depth that the heart and great vessels fill, with width = ratio x thorax."""
+    """Share of the chest's depth that the heart fills, its width = ratio x thorax."""
     width = ratio * 2 * b["half"] * b["magnify"]
     flat = 0.74
     a = (width / 2) / np.hypot(np.cos(b["tilt"]), flat * np.sin(b["tilt"]))
@@ -80,21 +84,31 @@ def heart(x, y, b, ratio):
     u = (x - centre_x) * np.cos(b["tilt"]) + (y - centre_y) * np.sin(b["tilt"])
     v = -(x - centre_x) * np.sin(b["tilt"]) + (y - centre_y) * np.cos(b["tilt"])
     inside = 1 - np.sqrt((u / a) ** 2 + (v / (flat * a)) ** 2)
-    return (0.92 * smooth(inside * a, 0.6) * (0.72 + 0.28 * np.sqrt(np.clip(inside, 0, 1)))).astype(np.float32)
+    return (0.92 * smooth(inside * a, 0.6) * (0.72 + 0.28 * np.sqrt(np.clip(inside, 0, 1)))).astype(
+        np.float32
+    )
 
 
 def great_vessels(x, y, b):
     """Aortic knob, descending aorta, superior vena cava and hila, as shares of the depth."""
     knob = smooth(b["knob"] - np.hypot(x - 2.9, y - 11.6), 0.5) * 0.75
-    descending = smooth(1.2 - np.abs(x - 3.0), 0.6) * smooth(y - 11.6, 1.0) * smooth(26 - y, 3.0) * 0.30
+    descending = (
+        smooth(1.2 - np.abs(x - 3.0), 0.6) * smooth(y - 11.6, 1.0) * smooth(26 - y, 3.0) * 0.30
+    )
     cava = smooth(0.9 - np.abs(x + 2.7), 0.6) * smooth(y - 8, 1.5) * smooth(17 - y, 2.0) * 0.35
-    hila = smooth(1.7 - np.hypot((x + 4.4) / 0.9, y - 16.2), 1.4) + smooth(1.6 - np.hypot((x - 4.6) / 0.9, y - 15.2), 1.4)
-    return np.clip(np.maximum.reduce([knob, descending, cava]) + 0.38 * hila, 0, 1).astype(np.float32)
+    hila = smooth(1.7 - np.hypot((x + 4.4) / 0.9, y - 16.2), 1.4) + smooth(
+        1.6 - np.hypot((x - 4.6) / 0.9, y - 15.2), 1.4
+    )
+    return np.clip(np.maximum.reduce([knob, descending, cava]) + 0.38 * hila, 0, 1).astype(
+        np.float32
+    )
 
 
 def fluid(y, across, b, side, millilitres):
     """Share of a hemithorax' air replaced by fluid: a meniscus, concave and higher at the wall."""
-    height = 1.2 + 0.0068 * millilitres  # cm over the dome: 500 ml hides it, 2,000 ml fills two thirds
+    height = (
+        1.2 + 0.0068 * millilitres
+    )  # cm over the dome: 500 ml hides it, 2,000 ml fills two thirds
     level = b["dome"][side] + 1.0 - height * (0.55 + 0.45 * across**2)
     return smooth(y - level, 2.2)
 
@@ -115,14 +129,18 @@ def bones(x, y, b):
     arch = np.sqrt(np.clip(1 - (lateral / (b["half"] + 1.0)) ** 2, 0, 1))
     for n in range(10):
         slope = b["rib_slope"] * (0.6 + 0.08 * n)
-        middle = 5.2 + b["rib_start"] * 0.5 + b["rib_pitch"] * n + slope * lateral - 2.4 * arch + 2.0
+        middle = (
+            5.2 + b["rib_start"] * 0.5 + b["rib_pitch"] * n + slope * lateral - 2.4 * arch + 2.0
+        )
         total += _rib(y - middle, 0.62) * reach * smooth(lateral - 2.0, 0.6) * 0.42
     for n in range(6):
         front = 8.8 + b["rib_start"] * 0.5 + b["rib_pitch"] * 1.05 * n
         middle = front + 0.75 * (b["half"] - lateral) * (0.75 + 0.04 * n)
         total += _rib(y - middle, 0.55) * reach * smooth(lateral - 5.5, 1.5) * 0.26
     clavicle = 7.6 - 0.16 * lateral + 0.5 * np.sin(lateral / 2.4)
-    total += _rib(y - clavicle, 0.65) * smooth(lateral - 1.6, 0.6) * smooth(16.5 - lateral, 1.0) * 0.5
+    total += (
+        _rib(y - clavicle, 0.65) * smooth(lateral - 1.6, 0.6) * smooth(16.5 - lateral, 1.0) * 0.5
+    )
     wave = 0.5 + 0.5 * np.cos(2 * np.pi * (y - 4) / b["vertebra"])
     total += smooth(1.7 - lateral, 0.7) * (0.10 + 0.22 * wave.astype(np.float32))
     return total
@@ -145,7 +163,12 @@ def vessel_texture(patient, x, y, b):
             off = -(x * side - 4.4) * np.sin(angle) + (y - hilum_y) * np.cos(angle)
             off = off - bend * along - wave * np.sin(along / 1.7)
             radius = np.clip(0.55 * (1 - along / length), 0.05, None)
-            total += smooth(radius - np.abs(off), 0.35) * smooth(along - 0.5, 1.0) * smooth(length - along, 2.0) * 0.8
+            total += (
+                smooth(radius - np.abs(off), 0.35)
+                * smooth(along - 0.5, 1.0)
+                * smooth(length - along, 2.0)
+                * 0.8
+            )
     coarse = rng.normal(size=(28, 28)).astype(np.float32)
     return total + 0.30 * _upsample(coarse, total.shape[0])
 

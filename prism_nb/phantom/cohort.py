@@ -40,7 +40,7 @@ def write_cohort(folder, num_patients, size=512, seed=0, device_given_effusion=0
 
 
 def _row(path, patient):
-    labels = {finding: "" for finding in FINDINGS}
+    labels = dict.fromkeys(FINDINGS, "")
     labels |= {finding: float(patient.labels[finding]) for finding in DRAWN}
     labels["No Finding"] = 1.0 if patient.labels["No Finding"] else ""
     about = {"Path": path, "Sex": patient.sex, "Age": patient.age}
@@ -56,13 +56,15 @@ def patient_of(folder, film_id):
     """The patient behind a film of a phantom cohort; raises ValueError for another kind of film."""
     number = re.search(r"patient(\d+)", film_id)
     if not is_phantom(folder) or not number:
-        raise ValueError(f"{film_id} in {folder} is not a phantom film: it has no true counterfactual")
+        raise ValueError(
+            f"{film_id} in {folder} is not a phantom film: it has no true counterfactual"
+        )
     recipe = read_json(Path(folder) / SIDECAR)
     return sample_patient(recipe["seed"], int(number[1]), recipe["device_given_effusion"])
 
 
 def true_counterfactual(folder, film_id, do, size=None):
-    """The film's true counterfactual (H, W) uint8 under do={finding: 0 or 1}, and its change mask (H, W)."""
+    """The true counterfactual (H, W) uint8 under do={finding: 0 or 1}, and its change mask."""
     size = size or read_json(Path(folder) / SIDECAR)["size"]
     film, mask = counterfactual(patient_of(folder, film_id), do, size)
     return film.image, mask
@@ -71,8 +73,8 @@ def true_counterfactual(folder, film_id, do, size=None):
 def balanced_films(folder, num_patients, pair=("Pleural Effusion", "Support Devices"), size=None):
     """New patients of the cohort's population, each under all four do() of a pair of findings.
 
-    Returns films (4 * num_patients, H, W) uint8, a list of their labels, and their patients' names. No such
-    patient is in the cohort: their numbers start at NEW_PATIENTS.
+    Returns films (4 * num_patients, H, W) uint8, a list of their labels, and their patients'
+    names. No such patient is in the cohort: their numbers start at NEW_PATIENTS.
     """
     recipe = read_json(Path(folder) / SIDECAR)
     films, labels, patients = [], [], []

@@ -1,8 +1,11 @@
 """The phantom's devices: pacemaker, central line, tubes, ECG leads and sternal wires.
 
-Each device is a map of extra attenuation (mu x t, dimensionless) on the pixel grid; its mask is where
-the map is positive. Positions are exogenous: they are drawn for every patient, device or not.
+Each device is a map of extra attenuation (mu x t, dimensionless) on the pixel grid; its mask is
+where the map is positive. Positions are exogenous: they are drawn for every patient, device or
+not.
 """
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -17,7 +20,7 @@ def line(x, y, pitch, points, width, opacity):
     half = max(width, MIN_LINE_PX * pitch) / 2
     nearest = np.full(np.broadcast_shapes(x.shape, y.shape), np.inf, np.float32)
     reach = half + 2 * pitch
-    for start, end in zip(points[:-1], points[1:], strict=True):
+    for start, end in pairwise(points):
         columns, rows = _window(x, y, start, end, reach)
         if columns.start >= columns.stop or rows.start >= rows.stop:
             continue
@@ -40,7 +43,13 @@ def curve(points, per_span=8):
     p = np.vstack([2 * points[0] - points[1], points, 2 * points[-1] - points[-2]])
     t = np.linspace(0, 1, per_span, endpoint=False, dtype=np.float32)[:, None]
     spans = [
-        0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
+        0.5
+        * (
+            2 * b
+            + (c - a) * t
+            + (2 * a - 5 * b + 4 * c - d) * t**2
+            + (3 * b - a - 3 * c + d) * t**3
+        )
         for a, b, c, d in zip(p[:-3], p[1:-2], p[2:-1], p[3:], strict=True)
     ]
     return np.vstack([*spans, points[-1:]])
@@ -52,19 +61,36 @@ def disc(x, y, pitch, centre, radius, opacity):
 
 
 def pacemaker(x, y, pitch, b, rng):
-    """Can below the left clavicle, lead by the subclavian vein and the cava to the right ventricle."""
+    """Can below the left clavicle, leads by the cava to the right heart."""
     cx, cy = rng.uniform(8.5, 10.5), rng.uniform(9.0, 11.0)
     tilt, half = rng.uniform(-0.35, 0.35), (2.33, 2.54)
     u = (x - cx) * np.cos(tilt) + (y - cy) * np.sin(tilt)
     v = -(x - cx) * np.sin(tilt) + (y - cy) * np.cos(tilt)
-    corner = np.hypot(np.clip(np.abs(u) - half[0] + 1, 0, None), np.clip(np.abs(v) - half[1] + 1, 0, None))
+    corner = np.hypot(
+        np.clip(np.abs(u) - half[0] + 1, 0, None), np.clip(np.abs(v) - half[1] + 1, 0, None)
+    )
     can = 2.4 * smooth(1 - corner, pitch)
     floor = b["dome"][1]
-    ventricle = [(cx - 2, cy - 1.4), (5.0, 7.6), (0.5, 8.6), (-2.4, 11.5), (-2.6, 17), (0.2, floor - 2.6)]
+    ventricle = [
+        (cx - 2, cy - 1.4),
+        (5.0, 7.6),
+        (0.5, 8.6),
+        (-2.4, 11.5),
+        (-2.6, 17),
+        (0.2, floor - 2.6),
+    ]
     ventricle.append((rng.uniform(4.0, 6.0), floor - rng.uniform(0.6, 1.6)))
     leads = line(x, y, pitch, ventricle, 0.22, 1.6) + disc(x, y, pitch, ventricle[-1], 0.28, 1.0)
     if rng.random() < 0.6:
-        atrium = [(cx - 2, cy - 1.0), (5.0, 8.1), (0.5, 9.1), (-2.2, 12), (-2.9, 17.2), (-1.6, 18.6), (-0.6, 17.2)]
+        atrium = [
+            (cx - 2, cy - 1.0),
+            (5.0, 8.1),
+            (0.5, 9.1),
+            (-2.2, 12),
+            (-2.9, 17.2),
+            (-1.6, 18.6),
+            (-0.6, 17.2),
+        ]
         leads += line(x, y, pitch, atrium, 0.22, 1.6)
     return can + leads
 
@@ -80,8 +106,16 @@ def tubes(x, y, pitch, b, rng):
     """Endotracheal tube above the carina and a nasogastric tube to the stomach."""
     sway, tip = rng.normal(0, 0.2), 13.4 - np.clip(rng.normal(5, 1), 2.5, 7)
     trachea = [(sway + 0.3, -0.5), (sway, 3.0), (0.0, tip)]
-    out = line(x, y, pitch, trachea, 0.95, 0.28) + line(x, y, pitch, [(p[0] + 0.35, p[1]) for p in trachea], 0.14, 0.6)
-    stomach = [(-0.7, -0.5), (-0.5, 10), (0.6, 19), (1.6, b["dome"][1]), (5.0, b["dome"][1] + rng.uniform(3, 5.5))]
+    out = line(x, y, pitch, trachea, 0.95, 0.28) + line(
+        x, y, pitch, [(p[0] + 0.35, p[1]) for p in trachea], 0.14, 0.6
+    )
+    stomach = [
+        (-0.7, -0.5),
+        (-0.5, 10),
+        (0.6, 19),
+        (1.6, b["dome"][1]),
+        (5.0, b["dome"][1] + rng.uniform(3, 5.5)),
+    ]
     return out + line(x, y, pitch, stomach, 0.45, 0.55)
 
 
@@ -90,7 +124,11 @@ def ecg(x, y, pitch, b, rng):
     out = np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
     for side, level in ((-1, 8.0), (1, 8.5), (1, 22.0), (-1, 23.0))[: rng.integers(2, 5)]:
         spot = np.array([side * rng.uniform(7.5, 12.5), level + rng.uniform(-1.5, 2.5)])
-        leave = np.array([side * rng.uniform(2, 15), -0.5]) if rng.random() < 0.7 else np.array([side * 21, rng.uniform(14, 30)])
+        leave = (
+            np.array([side * rng.uniform(2, 15), -0.5])
+            if rng.random() < 0.7
+            else np.array([side * 21, rng.uniform(14, 30)])
+        )
         middle = (spot + leave) / 2 + rng.normal(0, 1.8, 2)
         out += disc(x, y, pitch, spot, 0.95, 0.22) + disc(x, y, pitch, spot, 0.38, 1.6)
         out += line(x, y, pitch, [spot, middle, leave], 0.14, 0.9)
@@ -113,4 +151,6 @@ DRAW = {f.__name__: f for f in (pacemaker, central_line, tubes, ecg, sternal_wir
 
 def draw_devices(patient, x, y, pitch, b):
     """Every device that the patient has or would have: kind -> extra attenuation (size, size)."""
-    return {k: DRAW[k](x, y, pitch, b, patient.draw(f"device {k}")) for k in patient.severity["kinds"]}
+    return {
+        k: DRAW[k](x, y, pitch, b, patient.draw(f"device {k}")) for k in patient.severity["kinds"]
+    }

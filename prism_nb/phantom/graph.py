@@ -24,14 +24,17 @@ KIND_SHARE = (0.22, 0.20, 0.20, 0.24, 0.14)  # the primary kind; others join by 
 
 def stream(seed, patient, name):
     """A random generator of its own for one named draw of one patient."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, patient, crc32(name.encode())])))
+    return np.random.Generator(
+        np.random.Philox(np.random.SeedSequence([seed, patient, crc32(name.encode())]))
+    )
 
 
 @lru_cache(maxsize=16)
 def shared_variance(device_given_effusion):
-    """Share of latent variance that effusion and devices have in common, for a wanted P(device | effusion).
+    """Share of latent variance that effusion and devices have in common.
 
-    Raises ValueError outside [P(device), 0.97], where no non-negative correlation exists or it becomes singular.
+    Raises ValueError outside [P(device), 0.97], where no non-negative correlation exists or it
+    becomes singular.
     """
     p_effusion, p_device = PREVALENCE["Pleural Effusion"], PREVALENCE["Support Devices"]
     if not p_device - 5e-4 <= device_given_effusion <= 0.97:
@@ -112,8 +115,10 @@ def sample_patient(seed, number, device_given_effusion=0.75):
 
 
 def intervene(patient, do):
-    """Factual labels with `do` forced, No Finding recomputed; raises ValueError on a finding that is not drawn."""
+    """Factual labels with `do` forced, No Finding recomputed; ValueError if it cannot be set."""
     for finding, value in do.items():
         if finding not in DRAWN or value not in (0, 1):
-            raise ValueError(f"do({finding}={value}): the phantom can set {', '.join(DRAWN)} to 0 or 1")
+            raise ValueError(
+                f"do({finding}={value}): the phantom can set {', '.join(DRAWN)} to 0 or 1"
+            )
     return close_labels({**patient.labels, **{k: int(v) for k, v in do.items()}})

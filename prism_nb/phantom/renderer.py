@@ -1,9 +1,10 @@
 """From path lengths to a film: Beer-Lambert, scatter, detector noise, one fixed look-up table.
 
-Order: body depth -> air of the lungs less heart, vessels and fluid -> bone -> devices -> transmitted
-intensity -> scatter of the baseline anatomy (no disease, no device) -> one fixed noise field -> -log ->
-window -> 8 bits. Scatter, noise and window do not depend on labels, so a counterfactual differs from its
-film only where a path length changed: every other pixel is bit-identical.
+Order: body depth -> air of the lungs less heart, vessels and fluid -> bone -> devices ->
+transmitted intensity -> scatter of the baseline anatomy (no disease, no device) -> one fixed
+noise field -> -log -> window -> 8 bits. Scatter, noise and window do not depend on labels, so a
+counterfactual differs from its film only where a path length changed: every other pixel is bit-
+identical.
 """
 
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class _Base:
 
 
 def render(patient, size=512, do=None):
-    """Render the patient's film at `size` pixels, as it is or under an intervention {finding: 0 or 1}."""
+    """Render the patient's film, as it is or under an intervention {finding: 0 or 1}."""
     labels = intervene(patient, do or {})
     base = _base(patient, size)
     attenuation, masks = _attenuation(patient, base, labels)
@@ -76,21 +77,32 @@ def _attenuation(patient, base, labels):
     ratio = severity["large_ratio" if labels["Cardiomegaly"] else "small_ratio"]
     heart = anatomy.heart(base.x, base.y, b, ratio)
     filled = np.maximum(heart, anatomy.great_vessels(base.x, base.y, b))
-    air, lungs, wet = np.zeros_like(base.depth), np.zeros_like(base.depth), np.zeros_like(base.depth)
+    air, lungs, wet = (
+        np.zeros_like(base.depth),
+        np.zeros_like(base.depth),
+        np.zeros_like(base.depth),
+    )
     for side, (mask, across, round_) in base.lungs.items():
         level = np.zeros_like(mask)
-        if labels["Pleural Effusion"] and severity["effusion_side"] in ("both", "right" if side < 0 else "left"):
+        if labels["Pleural Effusion"] and severity["effusion_side"] in (
+            "both",
+            "right" if side < 0 else "left",
+        ):
             level = anatomy.fluid(base.y, across, b, side, severity["effusion_ml"])
         air += AERATED * base.depth * mask * round_ * (1 - level)
         lungs, wet = np.maximum(lungs, mask), np.maximum(wet, level * (mask > 0))
     air = np.clip(air * (1 - filled) - base.vessels * (lungs > 0.5) * (1 - wet), 0, None)
     attenuation = base.fixed - MU_SOFT * air
     masks = {"lungs": lungs > 0.5, "heart": heart > 0.3, "fluid": wet > 0.02}
-    devices = draw_devices(patient, base.x, base.y, base.pitch, b) if labels["Support Devices"] else {}
+    devices = (
+        draw_devices(patient, base.x, base.y, base.pitch, b) if labels["Support Devices"] else {}
+    )
     for kind, extra in devices.items():
         attenuation = attenuation + extra
         masks[kind] = extra > 0
-    masks["devices"] = np.any([masks[k] for k in devices], axis=0) if devices else np.zeros_like(masks["lungs"])
+    masks["devices"] = (
+        np.any([masks[k] for k in devices], axis=0) if devices else np.zeros_like(masks["lungs"])
+    )
     return attenuation, masks
 
 
@@ -103,7 +115,10 @@ class _Key:
     """Patients hold dicts and do not hash: their seed and number identify their anatomy."""
 
     def __init__(self, patient):
-        self.patient, self.id = patient, (patient.seed, patient.number, patient.sex, patient.age, patient.view)
+        self.patient, self.id = (
+            patient,
+            (patient.seed, patient.number, patient.sex, patient.age, patient.view),
+        )
 
     def __hash__(self):
         return hash(self.id)

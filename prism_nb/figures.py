@@ -1,0 +1,238 @@
+"""Every figure of the notebooks: data and `ax=None` in, Axes out; nothing is shown or saved here.
+
+One seaborn style, one colour-blind-safe palette. Films are shown in [0, 1] as radiologists see
+them; difference maps are counterfactual - factual in [-1, 1], symmetric, blue where density was
+lost. Used by all notebooks; `Run.save_figure` writes what they return.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+
+PALETTE = "colorblind"
+DIFFERENCE = {"cmap": "RdBu_r", "vmin": -0.5, "vmax": 0.5}
+FILM = {"cmap": "gray", "vmin": 0, "vmax": 1}
+
+
+def use_style():
+    """Set the one style of all figures."""
+    sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE, font_scale=0.9)
+    plt.rcParams.update(
+        {"figure.dpi": 90, "axes.titlesize": "medium", "figure.constrained_layout.use": True}
+    )
+
+
+def plot_films(films, titles=None, columns=6, size=1.9):
+    """A grid of films (B, H, W), uint8 or in [0, 1], with a title each."""
+    films = _unit(films)
+    rows = -(-len(films) // columns)
+    _, axes = plt.subplots(
+        rows, columns, figsize=(size * columns, (size + 0.35) * rows), squeeze=False
+    )
+    for number, ax in enumerate(axes.flat):
+        ax.axis("off")
+        if number < len(films):
+            ax.imshow(films[number], **FILM)
+            ax.set_title(_wrap(titles[number]) if titles is not None else "", fontsize=7)
+    return axes
+
+
+def plot_prevalence(table, findings, ax=None):
+    """Share of films that show each finding, a bar a split."""
+    ax = ax or plt.subplots(figsize=(8, 4))[1]
+    shares = table.melt("split", list(findings), "finding", "present").dropna()
+    shares["present"] = (shares["present"].astype(float) == 1) * 100
+    sns.barplot(
+        shares,
+        x="present",
+        y="finding",
+        hue="split",
+        hue_order=["train", "val", "test"],
+        errorbar=None,
+        ax=ax,
+    )
+    ax.set(xlabel="films that show it (%)", ylabel="", title="Prevalence by split")
+    return ax
+
+
+def plot_cooccurrence(matrix, ax=None):
+    """P(column | row) as a heat map: the correlations that a model may pick up as shortcuts."""
+    ax = ax or plt.subplots(figsize=(5.2, 4.4))[1]
+    sns.heatmap(matrix, vmin=0, vmax=1, cmap="crest", annot=len(matrix) <= 8, fmt=".2f", ax=ax)
+    ax.set(title="P(column | row)", xlabel="", ylabel="")
+    return ax
+
+
+def plot_losses(losses, validation=None, ax=None):
+    """Training loss a step with a running mean; `validation` = {step: mean} as points."""
+    ax = ax or plt.subplots(figsize=(7, 3.4))[1]
+    window = max(1, len(losses) // 15)
+    ax.plot(losses["step"], losses["loss"], lw=0.6, alpha=0.4, color="C0", label="a step")
+    smooth = losses["loss"].rolling(window, min_periods=1, center=True).mean()
+    ax.plot(losses["step"], smooth, color="C0", label=f"mean of {window} steps")
+    if validation:
+        ax.plot(
+            list(validation), list(validation.values()), "o", color="C3", label="validation films"
+        )
+    ax.set(
+        xlabel="step",
+        ylabel="noise-prediction error (MSE)",
+        title="Fine-tuning: Algorithm 1's loss",
+    )
+    ax.legend()
+    return ax
+
+
+def plot_pairs(rows, headers, titles=None, size=1.9):
+    """Rows of films under common headers: `rows` is a list of lists of (H, W) films."""
+    _, axes = plt.subplots(
+        len(rows),
+        len(headers),
+        figsize=(size * len(headers), size * len(rows) + 0.4),
+        squeeze=False,
+    )
+    for r, row in enumerate(rows):
+        for c, film in enumerate(row):
+            axes[r, c].imshow(_unit(film), **FILM)
+            _bare(axes[r, c])
+            if r == 0:
+                axes[r, c].set_title(headers[c], fontsize=9)
+        if titles is not None:
+            axes[r, 0].set_ylabel(_wrap(titles[r], 22), fontsize=7)
+    return axes
+
+
+def plot_edits(factual, counterfactual, titles, truth=None, size=1.9):
+    """Film, counterfactual and signed difference (Figures 3, 4), with the truth where known."""
+    columns = 3 if truth is None else 5
+    fig, axes = plt.subplots(
+        len(factual), columns, figsize=(size * columns, size * len(factual) + 0.5), squeeze=False
+    )
+    names = ["factual", "counterfactual", "difference", "true counterfactual", "true difference"]
+    factual, counterfactual = _unit(factual), _unit(counterfactual)
+    for r, line in enumerate(axes):
+        line[0].imshow(factual[r], **FILM)
+        line[1].imshow(counterfactual[r], **FILM)
+        last = line[2].imshow(counterfactual[r] - factual[r], **DIFFERENCE)
+        if truth is not None:
+            line[3].imshow(_unit(truth[r]), **FILM)
+            line[4].imshow(_unit(truth[r]) - factual[r], **DIFFERENCE)
+        line[0].set_ylabel(_wrap(titles[r], 22), fontsize=7)
+        for c, ax in enumerate(line):
+            _bare(ax)
+            ax.set_title(names[c] if r == 0 else "", fontsize=9)
+    bar = fig.colorbar(last, ax=axes, shrink=0.6, aspect=30, pad=0.01)
+    bar.set_label("counterfactual - factual")
+    return axes
+
+
+def plot_scores(frame, minimum, ax=None):
+    """Distribution of S_CLIP an edit, with the filter's threshold."""
+    ax = ax or plt.subplots(figsize=(7, 3))[1]
+    sns.stripplot(frame, x="s_clip", y="edit", hue="split", dodge=True, alpha=0.7, ax=ax)
+    ax.axvline(minimum, color="k", lw=1, ls="--")
+    ax.set(
+        xlim=(-1, 1),
+        xlabel="S_CLIP (Eq. 1); the filter keeps what lies right of the line",
+        ylabel="",
+    )
+    return ax
+
+
+def plot_methods(table, value, title, ax=None):
+    """A value and its interval a method and edit; columns method, edit, value, _low, _high."""
+    ax = ax or plt.subplots(figsize=(7.5, 3.6))[1]
+    methods, edits = list(dict.fromkeys(table["method"])), list(dict.fromkeys(table["edit"]))
+    for e, edit in enumerate(edits):
+        part = table[table["edit"] == edit].set_index("method").reindex(methods)
+        y = np.arange(len(methods)) + (e - (len(edits) - 1) / 2) * 0.7 / max(len(edits), 1)
+        middle = part[value].to_numpy(float)
+        reach = np.stack([middle - part[f"{value}_low"], part[f"{value}_high"] - middle]).clip(
+            min=0
+        )
+        ax.errorbar(
+            middle,
+            y,
+            xerr=np.nan_to_num(reach),
+            fmt="o",
+            ms=4,
+            capsize=2,
+            color=f"C{e}",
+            label=edit,
+        )
+    ax.set(
+        yticks=range(len(methods)), yticklabels=methods, xlabel=value.replace("_", " "), title=title
+    )
+    ax.invert_yaxis()
+    ax.legend(fontsize=7)
+    return ax
+
+
+def plot_predictions(factual, counterfactual, heads, titles, size=2.0):
+    """Films and the judge's probabilities before and after (Figure 6): (film, p) pairs."""
+    _, axes = plt.subplots(
+        len(factual), 3, figsize=(size * 4, size * len(factual) + 0.4), squeeze=False
+    )
+    y = np.arange(len(heads))
+    for r, ((x, p), (x_cf, p_cf)) in enumerate(zip(factual, counterfactual, strict=True)):
+        axes[r, 0].imshow(_unit(x), **FILM)
+        axes[r, 1].imshow(_unit(x_cf), **FILM)
+        axes[r, 0].set_ylabel(_wrap(titles[r], 22), fontsize=7)
+        axes[r, 2].barh(y - 0.2, p, 0.38, color="C0", label="factual")
+        axes[r, 2].barh(y + 0.2, p_cf, 0.38, color="C1", label="counterfactual")
+        axes[r, 2].set(xlim=(0, 1), yticks=y, yticklabels=heads)
+        axes[r, 2].axvline(0.5, color="k", lw=0.7, ls="--")
+        axes[r, 2].invert_yaxis()
+        for ax in axes[r, :2]:
+            _bare(ax)
+    for ax, name in zip(axes[0], ["factual", "counterfactual", "probability"], strict=True):
+        ax.set_title(name, fontsize=9)
+    axes[0, 2].legend(fontsize=6)
+    return axes
+
+
+def plot_arms(frame, value="accuracy", ax=None):
+    """Accuracy a head or group and arm, a point a training seed."""
+    ax = ax or plt.subplots(figsize=(8, 3.6))[1]
+    sns.pointplot(
+        frame,
+        x="group",
+        y=value,
+        hue="arm",
+        linestyles="none",
+        dodge=0.4,
+        errorbar=None,
+        markersize=5,
+        ax=ax,
+    )
+    sns.stripplot(
+        frame, x="group", y=value, hue="arm", dodge=True, alpha=0.35, size=3, legend=False, ax=ax
+    )
+    ax.set(xlabel="", ylim=(None, 1.02))
+    ax.tick_params(axis="x", labelrotation=12, labelsize=8)
+    ax.legend(fontsize=7, title="")
+    return ax
+
+
+def _bare(ax):
+    ax.set(xticks=[], yticks=[])
+    for side in ax.spines.values():
+        side.set_visible(False)
+    ax.grid(False)
+
+
+def _unit(films):
+    films = np.asarray(films)
+    return films.astype(np.float32) / 255 if films.dtype == np.uint8 else films
+
+
+def _wrap(text, width=30):
+    """Break a long title at spaces."""
+    lines = [""]
+    for word in str(text).split():
+        lines = (
+            [*lines, word]
+            if len(lines[-1]) + len(word) > width
+            else [*lines[:-1], f"{lines[-1]} {word}".strip()]
+        )
+    return "\n".join(lines)

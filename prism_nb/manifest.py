@@ -1,0 +1,305 @@
+"""The manifest of a run folder: what each step was made from, and whether that still holds.
+
+A step is unchanged when its parameters, its code (the notebook's code cells and every module of
+this package that they reach), its inputs and its outputs are what manifest.json says. Code is
+compared as a syntax tree, so comments and layout do not count; files by SHA-256, read again only
+when size or time of change differ; the films of a cohort by size and time.
+Used by `prism-nb run` and `prism-nb status`, by no notebook.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from prism_nb.files import TEMPORARY, plain, read_json, write_json
+from prism_nb.params import PATH_KEYS, for_notebook, validate
+from prism_nb.run import (
+    NOT_PATHS,
+    STEPS,
+    RunFolderError,
+    files_under,
+    metrics_digest,
+    own_outputs,
+    project_root,
+    record_path,
+    resolve_path,
+    stamp,
+)
+
+PACKAGE = Path(__file__).resolve().parent
+# These carry results and do not make them: a change here leaves every step as it is.
+CARRIERS = ("files", "params", "run", "manifest", "execute", "report", "cli")
+FILMS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
+OWN_FOLDERS = ("figures", "tables", "notebooks", "report", "steps")
+
+
+class Manifest:
+    """manifest.json of one run folder."""
+
+    def __init__(self, folder: Path, profile: str) -> None:
+        """Open the manifest, or start one; RunFolderError if the folder is another's."""
+        self.folder = folder
+        self.path = folder / "manifest.json"
+        stored = _stored(self.path)
+        if not stored:
+            _refuse_foreign(folder)
+        owner = stored.get("profile", profile)
+        if owner != profile:
+            raise RunFolderError(
+                f"{folder} holds a run of the profile {owner}, not {profile}; "
+                "give this run another folder with --name"
+            )
+        self.profile = profile
+        self.parameters: dict = stored.get("parameters", {})
+        self.steps: dict[str, dict] = stored.get("steps", {})
+        self.stamps: dict[str, list] = stored.get("stamps", {})
+        self._films: str | None = None
+
+    def write(self) -> None:
+        """Write manifest.json, whole or not at all."""
+        content = {"profile": self.profile, "parameters": self.parameters}
+        write_json(self.path, content | {"steps": self.steps, "stamps": self.stamps})
+
+    def fingerprint(self, notebook: str, source: Path, profile: dict) -> dict:
+        """What a step would be made from now: parameters, code and inputs."""
+        return {
+            "parameters": given_parameters(notebook, profile),
+            "code": self._code(source),
+            "inputs": self._inputs(notebook, profile),
+        }
+
+    def reason(self, notebook: str, now: dict) -> str:
+        """Why a step has to run, in words; "" if it need not."""
+        entry = self.steps.get(notebook, {})
+        if "outputs" not in entry:
+            return "not finished" if entry else "first time"
+        made_from = entry["fingerprint"]
+        for part in ("parameters", "code", "inputs"):
+            changed = _changed(made_from[part], now[part])
+            if changed:
+                return f"{part} changed: {changed}"
+        for name, digest in entry["outputs"].items():
+            if not (self.folder / name).is_file():
+                return f"output missing: {name}"
+            if self._digest(name) != digest:
+                return f"output changed: {name}"
+        if metrics_digest(self.folder, notebook) != entry["metrics"]:
+            return "output changed: metrics.json"
+        return "" if record_path(self.folder, notebook).exists() else "record of success missing"
+
+    def begin(self, notebook: str, now: dict, afresh: bool = False) -> None:
+        """Forget a step's success; clear its outputs, unless the same attempt was cut short."""
+        entry = self.steps.get(notebook, {})
+        record_path(self.folder, notebook).unlink(missing_ok=True)
+        continued = "outputs" not in entry and entry.get("fingerprint") == plain(now)
+        if afresh or not continued:
+            self._clear(notebook, entry.get("outputs", {}))
+        self.steps[notebook] = {"fingerprint": plain(now)}
+        self.write()
+
+    def complete(self, notebook: str, record: dict, seconds: float) -> None:
+        """Take over the step record that a notebook's `finish` has written."""
+        self.stamps = {name: s for name, s in self.stamps.items() if self._there(name)}
+        self.stamps |= record["outputs"]
+        self.steps[notebook] |= {
+            "outputs": {name: digest for name, (_, _, digest) in record["outputs"].items()},
+            "metrics": record["metrics"],
+            "provenance": record["provenance"],
+            "seconds": round(seconds, 1),
+            "finished": record["finished"],
+        }
+        self.write()
+
+    def _there(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def _clear(self, notebook: str, recorded: Iterable[str]) -> None:
+        names = {*STEPS[notebook].writes, *own_outputs(self.folder, notebook), *recorded}
+        for name in names:
+            path = self.folder / name
+            if not path.parent.resolve().is_relative_to(self.folder):
+                continue  # the manifest is a file like any other: delete nothing outside
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        metrics = self.folder / "metrics.json"
+        if metrics.exists() and metrics_digest(self.folder, notebook) == "damaged":
+            metrics.unlink()
+        elif metrics.exists():
+            write_json(metrics, {k: v for k, v in read_json(metrics).items() if k != notebook})
+
+    def _digest(self, name: str) -> str:
+        # Absolute names (a CSV, weights) work as well: folder / absolute is the absolute path.
+        path = self.folder / name
+        status, known = path.stat(), self.stamps.get(name)
+        if not known or known[:2] != [status.st_size, status.st_mtime_ns]:
+            self.stamps[name] = known = stamp(path)
+        return known[2]
+
+    def _code(self, source: Path) -> dict[str, str]:
+        cells = code_cells(source)
+        digests = {source.name: _digest_of(_normal(cells))}
+        for module in sorted(reached_modules(cells)):
+            name = f"prism_nb/{module.relative_to(PACKAGE).as_posix()}"
+            digests[name] = _digest_of(_normal(module.read_text(encoding="utf-8")))
+        for name in files_under(PACKAGE, ["assets"]):
+            digests[f"prism_nb/{name}"] = self._digest(str(PACKAGE / name))
+        return digests
+
+    def _inputs(self, notebook: str, profile: dict) -> dict[str, str]:
+        found = {n: self._digest(n) for n in files_under(self.folder, STEPS[notebook].reads)}
+        inputs = {name: digest for name, digest in found.items() if "/" not in name}
+        for top in {name.split("/")[0] for name in found if "/" in name}:  # one line a folder
+            inside = {name: d for name, d in found.items() if name.startswith(f"{top}/")}
+            inputs[f"{top}/"] = _digest_of(json.dumps(inside, sort_keys=True))
+        root = project_root()
+        for key, value in given_parameters(notebook, profile).items():
+            if key not in PATH_KEYS or key == "image_root" or value in NOT_PATHS:
+                continue
+            path = Path(resolve_path(key, value, root))
+            if path.exists():
+                inputs[key] = _tree(path) if path.is_dir() else self._digest(str(path))
+        if profile.get("csv", "phantom") != "phantom":
+            inputs["films"] = self._film_digest(profile, root)
+        return inputs
+
+    def _film_digest(self, profile: dict, root: Path) -> str:
+        if self._films is None:
+            csv = Path(resolve_path("csv", profile["csv"], root))
+            given = profile.get("image_root", "")
+            films = Path(resolve_path("image_root", given, root)) if given else csv.parent
+            self._films = _tree(films, FILMS)
+        return self._films
+
+
+def given_parameters(notebook: str, profile: dict) -> dict:
+    """What a profile gives one notebook, as checked values; the run folder does not count."""
+    given = for_notebook(profile, notebook)
+    given.pop("run_dir", None)
+    return validate(notebook, given).model_dump(include=set(given))
+
+
+def code_cells(notebook: Path) -> str:
+    """Source of a notebook's code cells, without magics and shell lines."""
+    cells = read_json(notebook)["cells"]
+    lines = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code").split("\n")
+    return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
+
+
+def reached_modules(source: str) -> set[Path]:
+    """Files of this package that some source imports, directly or through each other."""
+    found: set[Path] = set()
+    waiting = list(_imports(source))
+    while waiting:
+        name = waiting.pop()
+        path = _module_file(name)
+        if path and path not in found:
+            found.add(path)
+            waiting += _imports(path.read_text(encoding="utf-8"), path)
+        if "." in name:
+            waiting.append(name.rpartition(".")[0])  # a.b.c imports a and a.b as well
+    return found
+
+
+def leftovers(folder: Path) -> None:
+    """Delete temporary files that a killed process has left in a run folder."""
+    for path in folder.rglob(f"{TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _imports(source: str, path: Path | None = None) -> Iterable[str]:
+    package = ("prism_nb", *(path.relative_to(PACKAGE).parts[:-1] if path else ()))
+    for node in ast.walk(_parsed(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            name = ".".join((*base, *((node.module,) if node.module else ())))
+            yield name
+            yield from (f"{name}.{alias.name}" for alias in node.names)
+
+
+def _module_file(name: str) -> Path | None:
+    first, *rest = name.split(".")
+    if first != "prism_nb" or not rest or rest[0] in CARRIERS:
+        return None
+    path = PACKAGE.joinpath(*rest)
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file():
+            return file
+    return None
+
+
+def _parsed(source: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SyntaxError:  # the notebook itself will say so, with its cell
+        return ast.Module(body=[], type_ignores=[])
+
+
+def _normal(source: str) -> str:
+    tree = _parsed(source)
+    return ast.dump(tree) if tree.body else source
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tree(folder: Path, suffixes: tuple[str, ...] = ()) -> str:
+    """Digest of names, sizes and times of the files below a folder, less hidden ones and runs."""
+    rows = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(n for n in folders if not _passed_over(Path(parent), n))
+        for name in sorted(names):
+            if not name.startswith(".") and (not suffixes or name.lower().endswith(suffixes)):
+                path = os.path.join(parent, name)
+                if os.path.isfile(path):
+                    status = os.stat(path)
+                    rows.append(f"{os.path.relpath(path, folder)} {status.st_size} ")
+                    rows.append(f"{status.st_mtime_ns}\n")
+    return _digest_of("".join(rows))
+
+
+def _passed_over(parent: Path, name: str) -> bool:
+    # Films may lie below the project root; what runs write there is no input of theirs.
+    inside = parent / name
+    written = inside == project_root() / "figures" or (inside / "manifest.json").exists()
+    return name.startswith(".") or written
+
+
+def _changed(old: dict, new: dict) -> str:
+    names = [name for name in {**old, **new} if old.get(name) != plain(new.get(name))]
+    return ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def _stored(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        stored = read_json(path)
+    except ValueError as error:
+        raise RunFolderError(str(error)) from None
+    if not isinstance(stored, dict) or "steps" not in stored:
+        raise RunFolderError(f"{path} is no manifest of a run; choose another run folder")
+    return stored
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not folder.exists():
+        return
+    known = {name.split("/")[0] for step in STEPS.values() for name in step.writes}
+    known |= {*OWN_FOLDERS, "metrics.json"}
+    for path in folder.iterdir():
+        if path.name not in known and not path.name.startswith("."):
+            raise RunFolderError(
+                f"{folder} is no run folder (it holds {path.name}); choose another run folder"
+            )

@@ -1,0 +1,362 @@
+"""Parameters: one pydantic model a notebook, and the flat YAML profiles that fill them.
+
+The defaults are the smoke size and stand literally in each notebook's parameters cell; the
+descriptions are the remarks behind them. A profile (params/*.yaml) is one flat mapping of these
+names; every notebook takes the keys that it declares. Errors are one line that names the key,
+the value and what is allowed. Used by `Run` in every notebook and by the command line.
+"""
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+MAX_PROFILE_BYTES = 64 * 1024
+PATH_KEYS = ("csv", "image_root", "extra_csv", "base_model", "unet_weights", "clip_model")
+PATH_KEYS += ("classifier_weights",)
+
+
+class ParamError(ValueError):
+    """A parameter is unknown or its value is not allowed."""
+
+
+class ProfileError(ParamError):
+    """A profile cannot be read, or holds something that a profile may not hold."""
+
+
+def _number(value: object) -> object:
+    # YAML 1.1 reads 1e-5 as text (only 1.0e-5 is a number there), and papermill passes that on.
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError("a number is needed") from None
+    return value
+
+
+def _whole(value: object) -> object:
+    value = _number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _text(value: object) -> object:
+    if not isinstance(value, str):
+        raise ValueError("text is needed; put it in quotes")
+    if "{" in value or "}" in value or not value.isprintable():
+        raise ValueError("text without braces and control characters is needed")
+    return value
+
+
+def _flag(value: object) -> object:
+    if not isinstance(value, bool):
+        raise ValueError("true or false is needed")
+    return value
+
+
+def _edit(value: str) -> str:
+    from prism_nb.findings import finding_from
+
+    verb, _, name = value.partition(" ")
+    if verb not in ("add", "remove") or not name:
+        raise ValueError('"add" or "remove" and a finding is needed, as "remove Pleural Effusion"')
+    finding = finding_from(name)
+    if finding == "No Finding":
+        raise ValueError("No Finding follows from the others; name a finding to add or remove")
+    return f"{verb} {finding}"
+
+
+def _different(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError("each edit may be named once only")
+    return values
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_number)]
+Text = Annotated[str, BeforeValidator(_text)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
+Edit = Annotated[str, BeforeValidator(_edit), BeforeValidator(_text)]  # the last one runs first
+
+
+def _is(default: object, remark: str, **limits: object) -> object:
+    return Field(default, description=remark, **limits)
+
+
+class Params(BaseModel):
+    """What every notebook declares."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
+    )
+    run_dir: Text = _is("runs/smoke", "folder this run reads and writes", min_length=1)
+    seed: Whole = _is(0, "every random draw starts here", ge=0, le=2**31 - 1)
+
+
+class WithDevice(Params):
+    """What every notebook with a model declares."""
+
+    device: Literal["auto", "cpu", "cuda"] = _is("auto", "auto, cpu or cuda")
+
+
+class Caption(Params):
+    """01_caption: a cohort, its labels, its split, its captions."""
+
+    csv: Text = _is("phantom", 'labels CSV, or "phantom" to render a cohort', min_length=1)
+    image_root: Text = _is("", "folder the paths start from; empty = the CSV's folder")
+    layout: Literal["auto", "chexpert", "nih", "plain"] = _is("auto", "columns of the CSV")
+    extra_csv: Text = _is("", "CSV of further labels for the same images; empty = none")
+    views: Literal["frontal", "all"] = _is("frontal", "films to keep")
+    uncertain: Literal["zeros", "ones", "ignore", "mention"] = _is("ones", "what -1 becomes")
+    blank: Literal["absent", "missing"] = _is("absent", "what a blank label means")
+    template: Literal["plain", "listing1"] = _is("plain", "caption; listing1 = the paper's code")
+    negatives: Flag = _is(False, "captions also name what is absent")
+    test_share: Number = _is(0.15, "share of patients for the test", gt=0, lt=1)
+    val_share: Number = _is(0.15, "share of the other patients for validation", gt=0, lt=1)
+    image_size: Whole = _is(128, "pixels a side; 512 in the paper", ge=32, le=1024, multiple_of=8)
+    fit: Literal["squash", "crop", "pad"] = _is("squash", "how a film becomes square")
+    max_films: Whole = _is(0, "use at most so many films; 0 = all", ge=0)
+    phantom_patients: Whole = _is(160, "patients to render when csv is phantom", ge=8, le=1_000_000)
+    device_given_effusion: Number = _is(
+        0.75, "P(device | effusion) in the phantom; 0.567 = no link", ge=0.567, le=0.97
+    )
+
+
+class Finetune(WithDevice):
+    """02_finetune: train the U-Net on image and caption."""
+
+    base_model: Text = _is("phantom", '"phantom", a folder, or a name on the hub', min_length=1)
+    revision: Text = _is("", "commit of a base model on the hub; empty = newest")
+    unet_weights: Text = _is("", "U-Net to start from instead of the base model's; empty = none")
+    num_train_steps: Whole = _is(24, "updates of the weights", ge=1)
+    train_batch_size: Whole = _is(8, "films a step; 8 in the paper", ge=1, le=4096)
+    accumulation: Whole = _is(1, "batches summed before an update", ge=1, le=4096)
+    learning_rate: Number = _is(1e-4, "AdamW; 1e-5 in the paper", gt=0, le=1)
+    weight_decay: Number = _is(0.01, "AdamW", ge=0, le=1)
+    grad_clip: Number = _is(1.0, "largest norm of the gradient", gt=0)
+    caption_dropout: Number = _is(0.1, "share of captions replaced by the empty one", ge=0, le=1)
+    ema_decay: Number = _is(0.99, "averaging of the weights; 0 = none", ge=0, lt=1)
+    precision: Literal["fp32", "bf16"] = _is("fp32", "fp32 or bf16")
+
+
+class Invert(WithDevice):
+    """03_invert: films to noise and back."""
+
+    num_ddim_steps: Whole = _is(10, "N; 50 in the paper", ge=1, le=1000)
+    num_test_films: Whole = _is(12, "films of the test split to invert", ge=1)
+    num_train_films: Whole = _is(12, "films of the training split to invert", ge=0)
+    edit_batch_size: Whole = _is(8, "films inverted together", ge=1, le=4096)
+    precision: Literal["fp32", "bf16"] = _is("fp32", "fp32 or bf16")
+
+
+class Editing(WithDevice):
+    """04_edit: counterfactuals."""
+
+    edits: Annotated[list[Edit], AfterValidator(_different)] = Field(
+        ["remove Support Devices", "remove Pleural Effusion"],
+        description="what to add or remove, one finding each",
+        min_length=1,
+    )
+    guidance_scale: Number = _is(2.0, "w; 7.5 in the paper", ge=0, le=100)
+    s_clip_min: Number = _is(0.1, "keep edits with S_CLIP of at least this, eq. (1)", ge=-1, le=1)
+    clip_model: Text = _is("base", '"base" = the base model\'s, a folder, or a hub name')
+    edit_batch_size: Whole = _is(8, "films edited together", ge=1, le=4096)
+    precision: Literal["fp32", "bf16"] = _is("fp32", "fp32 or bf16")
+
+
+class Evaluate(WithDevice):
+    """05_evaluate: what the classifiers say of the counterfactuals."""
+
+    classifier: Text = _is("test_efficientnet", "timm name; efficientnet_b0 in the paper")
+    classifier_weights: Text = _is("", 'start weights: "imagenet", a file, or empty = none')
+    classifier_epochs: Whole = _is(4, "passes over the training films", ge=1, le=10_000)
+    classifier_batch_size: Whole = _is(16, "films a step", ge=1, le=4096)
+    classifier_learning_rate: Number = _is(2e-3, "AdamW", gt=0, le=1)
+    num_bootstrap: Whole = _is(200, "resamples of the patients", ge=20, le=100_000)
+
+
+class Augment(Evaluate):
+    """06_augment: classifiers trained with counterfactuals."""
+
+    num_augment_seeds: Whole = _is(1, "trainings an arm", ge=1, le=1000)
+    num_balanced_patients: Whole = _is(
+        60, "films of the balanced 2x2 test; phantom only", ge=8, le=1_000_000
+    )
+
+
+MODELS: dict[str, type[Params]] = {
+    "01_caption": Caption,
+    "02_finetune": Finetune,
+    "03_invert": Invert,
+    "04_edit": Editing,
+    "05_evaluate": Evaluate,
+    "06_augment": Augment,
+}
+
+
+def known_keys() -> list[str]:
+    """Every name that some notebook declares, in the order of the road."""
+    return list(dict.fromkeys(name for model in MODELS.values() for name in model.model_fields))
+
+
+def validate(notebook: str, values: dict) -> Params:
+    """Check one notebook's values; ParamError names the key, the value and what is allowed."""
+    model = MODELS[notebook_name(notebook)]
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ParamError(f"{notebook}: {_one_line(model, error)}") from None
+
+
+def load_profile(path: Path | str) -> dict:
+    """Read a profile: one flat YAML mapping of known keys (ProfileError otherwise)."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_PROFILE_BYTES:
+            raise ProfileError(f"{path} has {size} bytes; a profile has at most 64 KiB")
+        text = path.read_text(encoding="utf-8")
+        _refuse_odd_yaml(path, text)
+        profile = yaml.safe_load(text) or {}
+    except OSError as error:
+        raise ProfileError(f"cannot read the profile {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ProfileError(f"{path} is not UTF-8 text; a profile is flat YAML") from None
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, ProfileError):
+            raise
+        raise ProfileError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return check_profile(profile, where=str(path))
+
+
+def check_profile(profile: dict, where: str = "profile") -> dict:
+    """The same profile with checked values (1e-5 a number); ProfileError if one is refused."""
+    for key in profile:
+        check_key(key, where)
+    checked = {}
+    for notebook in MODELS:
+        try:
+            given = for_notebook(profile, notebook)
+            checked |= validate(notebook, given).model_dump(include=set(given))
+        except ParamError as error:
+            raise ProfileError(f"{where}: {str(error).partition(': ')[2]}") from None
+    return checked
+
+
+def for_notebook(profile: dict, notebook: str) -> dict:
+    """The keys of a profile that one notebook declares."""
+    fields = MODELS[notebook_name(notebook)].model_fields
+    return {key: value for key, value in profile.items() if key in fields}
+
+
+def check_key(key: object, where: str) -> None:
+    """Refuse a key that no notebook declares, with the nearest that one does."""
+    if key not in known_keys():
+        near = nearest(str(key), known_keys())
+        hint = f"did you mean {near}?" if near else "`prism-nb params` lists the keys"
+        raise ProfileError(f"{where}: unknown key {key}; {hint}")
+
+
+def notebook_name(text: str) -> str:
+    """The full name of a notebook: 03, 03_invert and notebooks/03_invert.ipynb all do."""
+    name = Path(text).name.removesuffix(".ipynb")
+    found = [known for known in MODELS if known == name or known.split("_")[0] == name]
+    if not found:
+        near = nearest(name, list(MODELS))
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(MODELS)}"
+        raise ParamError(f"there is no notebook {text}; {hint}")
+    return found[0]
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """The most similar of some names, or "" if none is similar."""
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), "")
+
+
+def describe(notebook: str) -> list[dict]:
+    """Rows of the table of one notebook's parameters: name, type, default, allowed, help."""
+    fields = MODELS[notebook_name(notebook)].model_fields
+    return [
+        {
+            "name": name,
+            "type": _type_name(field.annotation),
+            "default": field.default,
+            "allowed": allowed(field),
+            "help": field.description or "",
+        }
+        for name, field in fields.items()
+    ]
+
+
+def allowed(field: typing.Any) -> str:
+    """In words, the values that a field takes; "" where every text does."""
+    if typing.get_origin(field.annotation) is Literal:
+        *most, last = typing.get_args(field.annotation)
+        return f"{', '.join(most)} or {last}"
+    if field.annotation is bool:
+        return "true or false"
+    words = []
+    for limit in field.metadata:
+        match limit:
+            case Ge(ge=low):
+                words.append(f"from {low:,}".replace(",", "_") if low else "from 0")
+            case Gt(gt=low):
+                words.append(f"above {low}")
+            case Le(le=high):
+                words.append(f"up to {high}")
+            case Lt(lt=high):
+                words.append(f"below {high}")
+            case MultipleOf(multiple_of=step):
+                words.append(f"a multiple of {step}")
+    return ", ".join(words)
+
+
+def _type_name(annotation: typing.Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return "str"
+    return "list" if typing.get_origin(annotation) is list else annotation.__name__
+
+
+def _one_line(model: type[Params], error: ValidationError) -> str:
+    first, *others = error.errors()
+    key = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        near = nearest(key, list(model.model_fields))
+        return f"unknown key {key}" + (f"; did you mean {near}?" if near else "")
+    value = repr(first["input"])
+    value = value if len(value) <= 60 else value[:57] + "..."
+    rule = allowed(model.model_fields[key])
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] != "value_error" and rule:
+        reason = f"allowed is {rule}"
+    elif rule and first["type"] == "value_error":
+        reason = f"{reason} ({rule})"
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{key} = {value}: {reason}{more}"
+
+
+def _refuse_odd_yaml(path: Path, text: str) -> None:
+    # Tags can build objects, aliases can grow without end, and the last of two equal keys wins
+    # in silence; a profile needs none of them.
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise ProfileError(f"{path}: anchors and aliases are not for profiles; write it out")
+        if getattr(event, "tag", None):
+            raise ProfileError(f"{path}: the tag {event.tag} is not for profiles; use plain values")
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise ProfileError(f"{path} is not a mapping; write one `key: value` a line")
+    seen: dict[str, int] = {}
+    for key, _ in root.value:
+        line = key.start_mark.line + 1
+        if str(key.value) in seen:
+            first = seen[str(key.value)]
+            raise ProfileError(f"{path}: {key.value} stands on line {first} and {line}; keep one")
+        seen[str(key.value)] = line

@@ -1,0 +1,38 @@
+"""What all tests share: a quiet environment, and small notebooks made on the spot."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "agg")  # before anything imports matplotlib
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import textwrap
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def make_notebook():
+    """A function that writes a notebook: a parameters cell and further code cells."""
+
+    def make(path: Path, parameters: str, *cells: str) -> Path:
+        first = nbformat.v4.new_code_cell(textwrap.dedent(parameters).strip())
+        first.metadata.tags = ["parameters"]
+        others = [nbformat.v4.new_code_cell(textwrap.dedent(cell).strip()) for cell in cells]
+        kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+        notebook = nbformat.v4.new_notebook(cells=[first, *others], metadata={"kernelspec": kernel})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, path)
+        return path
+
+    return make

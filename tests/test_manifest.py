@@ -1,0 +1,180 @@
+"""What counts as changed, and what may be deleted."""
+
+import os
+
+import pytest
+
+from prism_nb import manifest
+from prism_nb.files import write_json, write_text
+from prism_nb.manifest import Manifest, code_cells, leftovers, reached_modules
+from prism_nb.run import Run, RunFolderError, record_path
+
+PROFILE = {"run_dir": "x", "seed": 1, "num_ddim_steps": 5}
+
+
+@pytest.fixture
+def notebook(tmp_path, make_notebook):
+    cells = ("%matplotlib inline\nimport os", "x = 1  # a remark")
+    return make_notebook(tmp_path / "03_invert.ipynb", "seed: int = 0", *cells)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "run"
+    write_text(folder / "cohort.json", "{}")
+    write_text(folder / "model" / "a.txt", "weights")
+    return folder
+
+
+def finished(folder, notebook):
+    """A manifest in which 03_invert has just succeeded."""
+    book = Manifest(folder, "mine")
+    now = book.fingerprint("03_invert", notebook, PROFILE)
+    book.begin("03_invert", now)
+    run = Run("03_invert", {"run_dir": str(folder)})
+    run.path("inversions/a.bin").write_bytes(b"abc")
+    run.save_metrics(psnr=1.0)
+    run.finish()
+    record = manifest.read_json(record_path(folder, "03_invert"))
+    book.complete("03_invert", record, 1.0)
+    return Manifest(folder, "mine")
+
+
+def why(book, notebook, **changed):
+    return book.reason("03_invert", book.fingerprint("03_invert", notebook, PROFILE | changed))
+
+
+def test_nothing_changed_and_what_changes_what(folder, notebook, make_notebook):
+    book = finished(folder, notebook)
+    assert why(book, notebook) == ""
+    assert why(book, notebook, guidance_scale=3.0, run_dir="y") == ""  # not this notebook's
+    assert why(book, notebook, num_ddim_steps=6) == "parameters changed: num_ddim_steps"
+    assert why(book, notebook, num_test_films=6) == "parameters changed: num_test_films"
+    write_text(folder / "model" / "a.txt", "other")
+    assert why(book, notebook) == "inputs changed: model/"
+    write_text(folder / "model" / "a.txt", "weights")  # the same bytes at another time
+    assert why(book, notebook) == ""
+
+
+def test_comments_are_not_code(folder, notebook, make_notebook):
+    book = finished(folder, notebook)
+    make_notebook(notebook, "seed: int = 0", "import os", "x = 1  # another remark")
+    assert why(book, notebook) == ""
+    make_notebook(notebook, "seed: int = 0", "import os", "x = 2")
+    assert why(book, notebook) == "code changed: 03_invert.ipynb"
+
+
+def test_outputs_must_be_intact(folder, notebook):
+    book = finished(folder, notebook)
+    path = folder / "inversions" / "a.bin"
+    path.write_bytes(b"abd")  # as long as before
+    assert why(book, notebook) == "output changed: inversions/a.bin"
+    path.write_bytes(b"abc")
+    os.utime(path, (1, 1))
+    assert why(book, notebook) == ""
+    write_json(folder / "metrics.json", {"03_invert": {"psnr": 2.0}})
+    assert why(book, notebook) == "output changed: metrics.json"
+    (folder / "metrics.json").write_text("{")
+    assert why(book, notebook) == "output changed: metrics.json"
+    path.unlink()
+    assert why(book, notebook) == "output missing: inversions/a.bin"
+
+
+def test_without_its_record_a_step_has_not_succeeded(folder, notebook):
+    book = finished(folder, notebook)
+    record_path(folder, "03_invert").unlink()
+    assert why(book, notebook) == "record of success missing"
+
+
+def test_the_same_attempt_goes_on_and_another_starts_clean(folder, notebook):
+    book = finished(folder, notebook)
+    now = book.fingerprint("03_invert", notebook, PROFILE)
+    part = folder / "inversions" / "part.bin"
+    book.begin("03_invert", now)  # it had succeeded: start clean
+    assert not part.parent.exists()
+    assert manifest.read_json(folder / "metrics.json") == {}
+    write_text(part, "half of the films")
+    book.begin("03_invert", now)  # it was cut short: go on
+    assert part.exists()
+    book.begin("03_invert", book.fingerprint("03_invert", notebook, PROFILE | {"seed": 2}))
+    assert not part.exists()
+
+
+def test_nothing_outside_the_run_folder_is_deleted(folder, notebook, tmp_path):
+    outside = write_text(tmp_path / "films" / "precious.png", "x")
+    book = finished(folder, notebook)
+    book.steps["03_invert"]["outputs"] = {"../films/precious.png": "0", str(outside): "0"}
+    (folder / "tables").symlink_to(outside.parent)
+    book.begin("03_invert", {})
+    assert outside.exists()
+    assert (folder / "model" / "a.txt").exists()  # another notebook's
+
+
+def test_films_count_by_size_and_time_and_labels_by_content(folder, tmp_path, make_notebook):
+    notebook = make_notebook(tmp_path / "01_caption.ipynb", "seed: int = 0")
+    films = tmp_path / "films"
+    film = write_text(films / "a" / "b.png", "x")
+    labels = write_text(films / "labels.csv", "path\na/b.png\n")
+    profile = {"csv": str(labels)}
+
+    def inputs():
+        return Manifest(folder, "mine").fingerprint("01_caption", notebook, profile)["inputs"]
+
+    before = inputs()
+    write_text(films / "notes.txt", "no film")
+    write_text(films / "runs" / "manifest.json", "{}")
+    write_text(films / "runs" / "figures" / "01_x.png", "what a run draws")
+    os.utime(labels, (1, 1))
+    assert inputs() == before
+    os.utime(film, (1, 1))
+    assert manifest._changed(before, inputs()) == "films"
+    write_text(labels, "path\n")
+    assert manifest._changed(before, inputs()) == "csv, films"
+
+
+def test_modules_are_followed_through_each_other(tmp_path, monkeypatch):
+    files = {
+        "a": "from prism_nb.b import f",
+        "b": "def f():\n    from prism_nb import c\n    import prism_nb.run",
+        "c": "from prism_nb.deep.d import g",
+        "run": "import prism_nb.unseen",
+        "unseen": "",
+        "deep/__init__": "from . import e",
+        "deep/d": "",
+        "deep/e": "from ..f import h",
+        "f": "",
+    }
+    for name, text in files.items():
+        write_text(tmp_path / f"{name}.py", text)
+    monkeypatch.setattr(manifest, "PACKAGE", tmp_path)
+    found = {p.relative_to(tmp_path).as_posix() for p in reached_modules("import prism_nb.a")}
+    assert found == {"a.py", "b.py", "c.py", "deep/__init__.py", "deep/d.py", "deep/e.py", "f.py"}
+
+
+def test_magics_are_not_python(notebook):
+    assert "matplotlib" not in code_cells(notebook)
+    assert "import os" in code_cells(notebook)
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "photos/me.png"])
+def test_a_folder_with_other_things_is_no_run_folder(tmp_path, name):
+    write_text(tmp_path / "home" / name, "x")
+    with pytest.raises(RunFolderError, match="is no run folder"):
+        Manifest(tmp_path / "home", "mine")
+
+
+def test_a_run_of_another_profile_is_refused(folder):
+    Manifest(folder, "mine").write()
+    with pytest.raises(RunFolderError, match=r"of the profile mine, not other; give .* --name"):
+        Manifest(folder, "other")
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(RunFolderError, match="no readable JSON"):
+        Manifest(folder, "mine")
+
+
+def test_what_a_killed_process_left_behind_is_removed(tmp_path):
+    write_text(tmp_path / "model" / "keep.txt", "x")
+    (tmp_path / "model" / ".partial-1.txt").write_text("half")
+    (tmp_path / ".partial-2").mkdir()
+    leftovers(tmp_path)
+    assert [p.name for p in sorted(tmp_path.rglob("*"))] == ["model", "keep.txt"]
