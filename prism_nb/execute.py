@@ -149,9 +149,9 @@ def _run_if_changed(
     progress.start(notebook, why or "forced")
     try:
         _execute(job, notebook, progress.cell)
-    except BaseException:
+    except BaseException as error:
         record_path(job.folder, notebook).unlink(missing_ok=True)
-        progress.stop("FAILED")
+        progress.stop("FAILED" if isinstance(error, StepFailed) else "stopped")
         raise
     manifest.complete(notebook, read_json(record_path(job.folder, notebook)), progress.seconds())
     progress.stop("done")
@@ -185,8 +185,8 @@ def _execute(job: Job, notebook: str, on_cell: Callable[[int, int], None]) -> No
                 progress_bar=False,
                 cwd=str(job.notebooks),
                 on_cell=cell,
-                # A kernel on the local host need not warn on the terminal of how it is reached.
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                # What goes wrong stands in the notebook; the terminal is for our lines.
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )
         error = _exit_in(result) or _missing_record(job.folder, notebook, token)
     except PapermillExecutionError as failure:
@@ -317,7 +317,7 @@ class Progress:
         """End a notebook's line."""
         self._done.set()
         self._thread.join()
-        self._show(f"{word}, {self.at}" if word == "FAILED" else word)
+        self._show(word if word == "done" else f"{word}, {self.at}")
 
     def line(self, notebook: str, text: str) -> None:
         """A line of its own."""

@@ -142,13 +142,14 @@ class Manifest:
         return known[2]
 
     def _code(self, source: Path) -> dict[str, str]:
-        cells = code_cells(source)
-        digests = {source.name: _digest_of(_normal(cells))}
-        for module in sorted(reached_modules(cells)):
-            name = f"prism_nb/{module.relative_to(PACKAGE).as_posix()}"
-            digests[name] = _digest_of(_normal(module.read_text(encoding="utf-8")))
-        for name in files_under(PACKAGE, ["assets"]):
-            digests[f"prism_nb/{name}"] = self._digest(str(PACKAGE / name))
+        texts = {source.name: code_cells(source)}
+        for module in sorted(reached_modules(texts[source.name])):
+            name = module.relative_to(PACKAGE).as_posix()
+            texts[name] = module.read_text(encoding="utf-8")
+        digests = {name: _digest_of(_normal(text)) for name, text in texts.items()}
+        if any('"assets"' in text for text in texts.values()):  # a bundled model is code, too
+            files = files_under(PACKAGE, ["assets"])
+            digests["assets/"] = _digest_of("".join(self._digest(str(PACKAGE / f)) for f in files))
         return digests
 
     def _inputs(self, notebook: str, profile: dict) -> dict[str, str]:

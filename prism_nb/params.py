@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 MAX_PROFILE_BYTES = 64 * 1024
+LIMITS = {"ge": "from", "gt": "above", "le": "up to", "lt": "below", "multiple_of": "a multiple of"}
 PATH_KEYS = ("csv", "image_root", "extra_csv", "base_model", "unet_weights", "clip_model")
 PATH_KEYS += ("classifier_weights",)
 
@@ -108,22 +108,22 @@ class Caption(Params):
     """01_caption: a cohort, its labels, its split, its captions."""
 
     csv: Text = _is("phantom", 'labels CSV, or "phantom" to render a cohort', min_length=1)
-    image_root: Text = _is("", "folder the paths start from; empty = the CSV's folder")
+    image_root: Text = _is("", "folder the paths start from; empty: the CSV's folder")
     layout: Literal["auto", "chexpert", "nih", "plain"] = _is("auto", "columns of the CSV")
-    extra_csv: Text = _is("", "CSV of further labels for the same images; empty = none")
+    extra_csv: Text = _is("", "CSV of further labels for the same images; empty: none")
     views: Literal["frontal", "all"] = _is("frontal", "films to keep")
     uncertain: Literal["zeros", "ones", "ignore", "mention"] = _is("ones", "what -1 becomes")
     blank: Literal["absent", "missing"] = _is("absent", "what a blank label means")
-    template: Literal["plain", "listing1"] = _is("plain", "caption; listing1 = the paper's code")
+    template: Literal["plain", "listing1"] = _is("plain", "plain, or listing1: the paper's code")
     negatives: Flag = _is(False, "captions also name what is absent")
     test_share: Number = _is(0.15, "share of patients for the test", gt=0, lt=1)
     val_share: Number = _is(0.15, "share of the other patients for validation", gt=0, lt=1)
     image_size: Whole = _is(128, "pixels a side; 512 in the paper", ge=32, le=1024, multiple_of=8)
     fit: Literal["squash", "crop", "pad"] = _is("squash", "how a film becomes square")
-    max_films: Whole = _is(0, "use at most so many films; 0 = all", ge=0)
+    max_films: Whole = _is(0, "use at most so many films; 0: all", ge=0)
     phantom_patients: Whole = _is(160, "patients to render when csv is phantom", ge=8, le=1_000_000)
     device_given_effusion: Number = _is(
-        0.75, "P(device | effusion) in the phantom; 0.567 = no link", ge=0.567, le=0.97
+        0.75, "P(device | effusion) in the phantom; 0.567: no link", ge=0.567, le=0.97
     )
 
 
@@ -131,8 +131,8 @@ class Finetune(WithDevice):
     """02_finetune: train the U-Net on image and caption."""
 
     base_model: Text = _is("phantom", '"phantom", a folder, or a name on the hub', min_length=1)
-    revision: Text = _is("", "commit of a base model on the hub; empty = newest")
-    unet_weights: Text = _is("", "U-Net to start from instead of the base model's; empty = none")
+    revision: Text = _is("", "commit of a base model on the hub; empty: newest")
+    unet_weights: Text = _is("", "U-Net to start from instead of the base model's; empty: none")
     num_train_steps: Whole = _is(24, "updates of the weights", ge=1)
     train_batch_size: Whole = _is(8, "films a step; 8 in the paper", ge=1, le=4096)
     accumulation: Whole = _is(1, "batches summed before an update", ge=1, le=4096)
@@ -140,7 +140,7 @@ class Finetune(WithDevice):
     weight_decay: Number = _is(0.01, "AdamW", ge=0, le=1)
     grad_clip: Number = _is(1.0, "largest norm of the gradient", gt=0)
     caption_dropout: Number = _is(0.1, "share of captions replaced by the empty one", ge=0, le=1)
-    ema_decay: Number = _is(0.99, "averaging of the weights; 0 = none", ge=0, lt=1)
+    ema_decay: Number = _is(0.99, "averaging of the weights; 0: none", ge=0, lt=1)
     precision: Literal["fp32", "bf16"] = _is("fp32", "fp32 or bf16")
 
 
@@ -159,12 +159,12 @@ class Editing(WithDevice):
 
     edits: Annotated[list[Edit], AfterValidator(_different)] = Field(
         ["remove Support Devices", "remove Pleural Effusion"],
-        description="what to add or remove, one finding each",
+        description="add or remove a finding",
         min_length=1,
     )
     guidance_scale: Number = _is(2.0, "w; 7.5 in the paper", ge=0, le=100)
     s_clip_min: Number = _is(0.1, "keep edits with S_CLIP of at least this, eq. (1)", ge=-1, le=1)
-    clip_model: Text = _is("base", '"base" = the base model\'s, a folder, or a hub name')
+    clip_model: Text = _is("base", '"base" (as in the base model), a folder, or a hub name')
     edit_batch_size: Whole = _is(8, "films edited together", ge=1, le=4096)
     precision: Literal["fp32", "bf16"] = _is("fp32", "fp32 or bf16")
 
@@ -173,10 +173,10 @@ class Evaluate(WithDevice):
     """05_evaluate: what the classifiers say of the counterfactuals."""
 
     classifier: Text = _is("test_efficientnet", "timm name; efficientnet_b0 in the paper")
-    classifier_weights: Text = _is("", 'start weights: "imagenet", a file, or empty = none')
+    classifier_weights: Text = _is("", 'start weights: "imagenet", a file, or empty: none')
     classifier_epochs: Whole = _is(4, "passes over the training films", ge=1, le=10_000)
     classifier_batch_size: Whole = _is(16, "films a step", ge=1, le=4096)
-    classifier_learning_rate: Number = _is(2e-3, "AdamW", gt=0, le=1)
+    classifier_learning_rate: Number = _is(5e-3, "AdamW", gt=0, le=1)
     num_bootstrap: Whole = _is(200, "resamples of the patients", ge=20, le=100_000)
 
 
@@ -300,20 +300,8 @@ def allowed(field: typing.Any) -> str:
         return f"{', '.join(most)} or {last}"
     if field.annotation is bool:
         return "true or false"
-    words = []
-    for limit in field.metadata:
-        match limit:
-            case Ge(ge=low):
-                words.append(f"from {low:,}".replace(",", "_") if low else "from 0")
-            case Gt(gt=low):
-                words.append(f"above {low}")
-            case Le(le=high):
-                words.append(f"up to {high}")
-            case Lt(lt=high):
-                words.append(f"below {high}")
-            case MultipleOf(multiple_of=step):
-                words.append(f"a multiple of {step}")
-    return ", ".join(words)
+    limits = [(limit, name) for limit in field.metadata for name in LIMITS if hasattr(limit, name)]
+    return ", ".join(f"{LIMITS[name]} {getattr(limit, name)}" for limit, name in limits)
 
 
 def _type_name(annotation: typing.Any) -> str:
@@ -331,11 +319,9 @@ def _one_line(model: type[Params], error: ValidationError) -> str:
     value = repr(first["input"])
     value = value if len(value) <= 60 else value[:57] + "..."
     rule = allowed(model.model_fields[key])
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] != "value_error" and rule:
-        reason = f"allowed is {rule}"
-    elif rule and first["type"] == "value_error":
-        reason = f"{reason} ({rule})"
+    reason = f"allowed is {rule}"
+    if first["type"] == "value_error" or not rule:
+        reason = first["msg"].removeprefix("Value error, ") + (f" ({rule})" if rule else "")
     more = f" (and {len(others)} more)" if others else ""
     return f"{key} = {value}: {reason}{more}"
 

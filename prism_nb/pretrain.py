@@ -4,7 +4,7 @@ Four stages, each skipped when its folder is there: films, VAE (phantom films, a
 folder is given), CLIP (contrastive, films against captions), U-Net (noise prediction on cached
 latents, EMA). Same classes of diffusers and transformers as Stable Diffusion v1.5, fewer
 channels.
-    python -m prism_nb.pretrain OUT [--size 128] [--films FOLDER] [--unet-steps 4500]
+    python -m prism_nb.pretrain OUT [--size 128] [--films FOLDER] [--unet-steps 2250]
 Shapes: films (N, H, W) uint8; images (B, 3, H, W) in [-1, 1]; z (B, 4, H/4, W/4).
 """
 
@@ -235,10 +235,10 @@ def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
 def fit_vae(folder, work, films, steps, batch_size=12):
     """L1 on pixels and on their differences (thin wires), a light KL; then the latents' scale.
 
-    Crops first, because they are four times cheaper; the last fifth sees whole films.
+    Crops first, because they are four times cheaper; the last steps see whole films.
     """
     torch.manual_seed(1)
-    vae, whole = tiny_vae(), int(0.8 * steps)
+    vae, whole = tiny_vae(), int(0.85 * steps)
 
     def loss_of(step):
         rng = np.random.default_rng((11, step))
@@ -369,9 +369,9 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--num-films", type=int, default=6000)
     parser.add_argument("--films", type=Path, help="folder of real films for the VAE")
-    parser.add_argument("--vae-steps", type=int, default=2600)
-    parser.add_argument("--clip-steps", type=int, default=800)
-    parser.add_argument("--unet-steps", type=int, default=4500)
+    parser.add_argument("--vae-steps", type=int, default=1400)
+    parser.add_argument("--clip-steps", type=int, default=450)
+    parser.add_argument("--unet-steps", type=int, default=2250)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     folder, work = args.out, args.out / "work"

@@ -16,6 +16,7 @@ from prism_nb.files import read_json, write_text
 from prism_nb.run import STEPS, record_path
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
+LONG = 24  # rows; a longer table is folded up
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
 
 
@@ -79,12 +80,17 @@ def _tables(folder: Path, manifest: dict) -> str:
     import pandas
 
     parts = []
-    for path in sorted((folder / "tables").glob("[!.]*.csv")):
+    paths = (folder / "tables").glob("[!.]*.csv")  # the paper's tables first
+    for path in sorted(paths, key=lambda path: (not path.stem.startswith("table"), path.stem)):
         frame = pandas.read_csv(path)
         rows = [[_number(value) for value in row] for row in frame.itertuples(index=False)][:200]
         head = ["" if str(name).startswith("Unnamed") else name for name in frame.columns]
-        cut = f"<p class='note'>the first 200 of {len(frame)} rows</p>" if len(frame) > 200 else ""
-        parts.append(f"<h3>{escape(path.stem)}</h3>{_table(head, rows)}{cut}")
+        cut = f", the first 200 of {len(frame)} rows" if len(frame) > 200 else ""
+        name, table = f"{escape(path.stem)}{cut}", _table(head, rows)
+        if len(frame) > LONG:
+            parts.append(f"<details><summary>{name}</summary>{table}</details>")
+        else:
+            parts.append(f"<h3>{name}</h3>{table}")
     return "<h2>Tables</h2>" + "".join(parts) if parts else ""
 
 

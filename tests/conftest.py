@@ -36,3 +36,19 @@ def make_notebook():
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def random_base(tmp_path_factory):
+    """A base model of 64 px with random weights: right in shape, wrong in everything else."""
+    from prism_nb.pretrain import random_base
+
+    return random_base(tmp_path_factory.mktemp("base"), size=64)
+
+
+@pytest.fixture
+def model(random_base):
+    """That base model, loaded anew for each test."""
+    from prism_nb.diffusion import load_model
+
+    return load_model(str(random_base), device="cpu")

@@ -151,6 +151,21 @@ def test_modules_are_followed_through_each_other(tmp_path, monkeypatch):
     assert found == {"a.py", "b.py", "c.py", "deep/__init__.py", "deep/d.py", "deep/e.py", "f.py"}
 
 
+def test_bundled_models_count_for_those_who_use_them(folder, tmp_path, make_notebook, monkeypatch):
+    package = tmp_path / "package"
+    write_text(package / "models.py", 'BASE = Path(__file__).parent / "assets"')
+    weights = write_text(package / "assets" / "base" / "weights.bin", "x")
+    monkeypatch.setattr(manifest, "PACKAGE", package)
+    user = make_notebook(tmp_path / "03_invert.ipynb", "seed: int = 0", "import prism_nb.models")
+    other = make_notebook(tmp_path / "04_edit.ipynb", "seed: int = 0")
+    before = finished(folder, user).fingerprint("03_invert", user, PROFILE)["code"]
+    write_text(weights, "other weights")
+    after = Manifest(folder, "mine").fingerprint("03_invert", user, PROFILE)["code"]
+    assert manifest._changed(before, after) == "assets/"
+    code = Manifest(folder, "mine").fingerprint("04_edit", other, PROFILE)["code"]
+    assert list(code) == ["04_edit.ipynb"]
+
+
 def test_magics_are_not_python(notebook):
     assert "matplotlib" not in code_cells(notebook)
     assert "import os" in code_cells(notebook)

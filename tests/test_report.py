@@ -32,6 +32,7 @@ def report(tmp_path):
     run.save_figure(ax, "03_x")
     plt.close(figure)
     run.save_table(pd.DataFrame({"films": [1234, 5], "psnr": [1 / 3, None]}, ["<b>", "y"]), "t")
+    run.save_table(pd.DataFrame({"loss": range(300)}), "losses")
     run.save_metrics(psnr=31.25, auroc={"Cardiomegaly": 0.5}, interval=[0.1, 0.2])
     run.finish()
     bar = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": " 10%|# | 1/10"}
@@ -85,6 +86,7 @@ def test_the_index_shows_state_figures_tables_metrics_and_parameters(report):
     assert "&lt;b&gt;" in index
     assert "1,234" in index
     assert "0.3333" in index
+    assert "<details><summary>losses, the first 200 of 300 rows</summary>" in index
     assert "auroc, Cardiomegaly" in index
     assert "0.1, 0.2" in index
     assert "<td class=text>seed</td><td>3</td>" in index

@@ -1,0 +1,78 @@
+"""Figures and the pager: data in, Axes out, nothing shown or left open."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from prism_nb import figures
+from prism_nb.studio import page_through
+
+FILMS = np.random.default_rng(0).random((3, 16, 16), np.float32)
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+def test_films_are_shown_on_one_scale():
+    axes = figures.plot_films((FILMS * 255).astype(np.uint8), ["a"] * 3, columns=2)
+    image = axes.flat[0].images[0]
+    assert image.get_clim() == (0, 1)
+    assert image.get_array().max() <= 1
+    assert axes.shape == (2, 2)
+    assert not axes.flat[3].images
+
+
+def test_difference_is_counterfactual_minus_factual():
+    brighter = np.clip(FILMS + 0.2, 0, 1)
+    axes = figures.plot_edits(FILMS, brighter, ["x"] * 3, truth=brighter)
+    assert axes.shape == (3, 5)
+    difference = axes[0, 2].images[0]
+    np.testing.assert_allclose(difference.get_array(), brighter[0] - FILMS[0], atol=1e-6)
+    low, high = difference.get_clim()
+    assert low == -high
+
+
+def test_prevalence_counts_what_is_present():
+    table = pd.DataFrame({"split": ["train"] * 4, "Edema": [1.0, 1.0, 0.0, np.nan]})
+    ax = figures.plot_prevalence(table, ["Edema"])
+    widths = [bar.get_width() for bar in ax.patches if bar.get_width() > 0]
+    assert widths[0] == pytest.approx(200 / 3)
+
+
+def test_methods_show_their_intervals():
+    rows = [("nothing", "e", 0.0, -0.1, 0.1), ("own", "e", 0.5, 0.4, 0.7)]
+    table = pd.DataFrame(rows, columns=["method", "edit", "cpg", "cpg_low", "cpg_high"])
+    ax = figures.plot_methods(table, "cpg", "title")
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["nothing", "own"]
+
+
+def test_predictions_and_arms_and_losses_draw():
+    pairs = [(FILMS[0], np.array([0.1, 0.9]))]
+    assert figures.plot_predictions(pairs, pairs, ["a", "b"], ["t"]).shape == (1, 3)
+    frame = pd.DataFrame({"group": ["g", "g"], "arm": ["a", "b"], "accuracy": [0.5, 0.7]})
+    assert figures.plot_arms(frame).get_ylabel() == "accuracy"
+    losses = pd.DataFrame({"step": [0, 1], "loss": [1.0, 0.5]})
+    assert len(figures.plot_losses(losses, {0: 1.0, 2: 0.4}).lines) == 3
+
+
+def test_the_pager_turns_pages_and_closes_its_figures():
+    asked = []
+
+    def draw(number):
+        asked.append(number)
+        return figures.plot_films(FILMS[[number]], [str(number)], columns=1)
+
+    pager = page_through(3, draw)
+    slider, picture = pager.children
+    first = picture.value
+    assert first[:4] == b"\x89PNG"
+    slider.value = 2
+    assert asked == [0, 2]
+    assert picture.value != first
+    assert not plt.get_fignums()
+    with pytest.raises(ValueError, match="nothing to show"):
+        page_through(0, draw)
