@@ -13,6 +13,10 @@ PYTHON = $(eval PYTHON := $(shell for p in python3 python3.13 python3.12 python3
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& { echo $$p; break; }; done))$(PYTHON)
 
+# Waiting threads that spin slow everything down as soon as another program wants a core.
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 0
+
 STRIP := $(BIN)/nbstripout --verify --keep-count \
 	--extra-keys "metadata.papermill cell.metadata.papermill metadata.widgets"
 TESTING := HF_HUB_OFFLINE=1 MPLBACKEND=agg OMP_NUM_THREADS=2

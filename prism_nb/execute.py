@@ -40,6 +40,8 @@ from prism_nb.run import (
     record_path,
 )
 
+# Waiting threads that spin slow everything down as soon as another program wants a core.
+PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 TICK_SECONDS = 15  # at most one line so often where the line cannot be rewritten
 
 
@@ -229,6 +231,7 @@ def _environment(token: str, profile: str) -> Iterator[None]:
     # the kernel must be this Python, not another one that the user has registered as python3.
     before = dict(os.environ)
     os.environ.pop("MPLBACKEND", None)
+    os.environ |= PATIENT_THREADS | os.environ  # what the user set stays
     os.environ |= {TOKEN_VARIABLE: token, PROFILE_VARIABLE: profile}
     os.environ |= {ROOT_VARIABLE: str(project_root()), "JUPYTER_PREFER_ENV_PATH": "1"}
     try:
