@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from prism_nb.diffusion import embed_captions
 from prism_nb.files import atomic_path, read_json, write_json
@@ -79,10 +78,9 @@ def _posterior(model, films):
 
 
 def load_latents(folder):
-    """Read what encode_cohort wrote; the tensors are memory-mapped by safetensors."""
+    """Read what encode_cohort wrote."""
     index = read_json(folder / "latents.json")
-    with safe_open(folder / "latents.safetensors", framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors = load_file(folder / "latents.safetensors")
     return Latents(
         film_ids=index["film_ids"],
         mean=tensors["mean"],
