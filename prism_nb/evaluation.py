@@ -42,9 +42,9 @@ def measure_edits(cohort, edits, folder, judge, heads, predict, split="test"):
         if rows.any():
             measured = _measure(plan, factual, part, truth, mask, known, ask, name, heads)
             parts.append(measured[rows].assign(method=name))
-    own = next(part for part in parts if part["method"].iloc[0] == OWN)
-    kept = own[plan["kept"].to_numpy(bool)].assign(method=FILTERED)
-    return pd.concat([*parts, kept], ignore_index=True)
+        if name == OWN:
+            parts.append(measured[plan["kept"].to_numpy(bool)].assign(method=FILTERED))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _measure(plan, factual, films, truth, mask, known, ask, name, heads):
