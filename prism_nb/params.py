@@ -136,7 +136,7 @@ class Finetune(WithDevice):
     num_train_steps: Whole = _is(24, "updates of the weights", ge=1)
     train_batch_size: Whole = _is(8, "films a step; 8 in the paper", ge=1, le=4096)
     accumulation: Whole = _is(1, "batches summed before an update", ge=1, le=4096)
-    learning_rate: Number = _is(2e-5, "AdamW; 1e-5 in the paper", gt=0, le=1)
+    learning_rate: Number = _is(1e-5, "AdamW; the same in the paper", gt=0, le=1)
     weight_decay: Number = _is(0.01, "AdamW", ge=0, le=1)
     grad_clip: Number = _is(1.0, "largest norm of the gradient", gt=0)
     caption_dropout: Number = _is(0.1, "share of captions replaced by the empty one", ge=0, le=1)

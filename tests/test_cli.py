@@ -24,7 +24,7 @@ def test_alone_it_shows_help():
 def test_params_lists_type_default_help_and_what_is_allowed():
     code, said, _ = call("params", "02_finetune")
     assert code == 0
-    assert "learning_rate: float = 2e-05" in said
+    assert "learning_rate: float = 1e-05" in said
     assert "[above 0, up to 1]" in said
     assert "fp32 or bf16" in said
     assert call("params")[1].count("run_dir") == 6
