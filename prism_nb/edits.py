@@ -98,7 +98,7 @@ def save_edits(folder, plan, edited, table, floors, provenance):
     """
     rows = []
     for number, row in plan.reset_index(drop=True).iterrows():
-        path = f"{row['film_id']}/{slug_edit(row['edit'])}.png"
+        path = f"{row['film_id']}/{slug(row['edit'])}.png"
         text = {"T": row["source"], "T'": row["target"], "S_CLIP": f"{row['s_clip']:.4f}"}
         save_png(folder / path, edited[number], _mark(text, provenance))
         rows.append({**row, "method": OWN, "path": path})
@@ -122,11 +122,6 @@ def _mark(text, provenance):
         "Software": versions,
         **text,
     }
-
-
-def slug_edit(edit):
-    """An edit's name for files: "remove_support_devices"."""
-    return edit.lower().replace(" ", "_")
 
 
 def load_edit_films(folder, rows):

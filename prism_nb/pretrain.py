@@ -25,9 +25,11 @@ from prism_nb.captions import caption, vocabulary
 from prism_nb.files import atomic_path, write_json
 from prism_nb.images import load_films, uint8_to_unit, unit_to_sd
 from prism_nb.phantom import render, sample_patient
+from prism_nb.phantom.graph import PREVALENCE
 
 log = logging.getLogger("pretrain")
-UNCONFOUNDED = 0.5658  # P(device | effusion) = P(device): the base itself must not be biased
+# P(device | effusion) = P(device): the base itself must not be biased
+UNCONFOUNDED = PREVALENCE["Support Devices"]
 PRETRAIN_SEED = 1_000_003  # no cohort's population: its patients are never seen in a notebook
 
 
