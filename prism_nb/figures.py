@@ -9,6 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
+from prism_nb import phantom
+
 PALETTE = "colorblind"
 DIFFERENCE = {"cmap": "RdBu_r", "vmin": -0.5, "vmax": 0.5}
 FILM = {"cmap": "gray", "vmin": 0, "vmax": 1}
@@ -35,6 +37,54 @@ def plot_films(films, titles=None, columns=6, size=1.9):
             ax.imshow(films[number], **FILM)
             ax.set_title(_wrap(titles[number]) if titles is not None else "", fontsize=7)
     return axes
+
+
+def plot_grid(rows, names, titles, size=1.75):
+    """Rows of films (H, W) uint8, or of differences in [-1, 1]; a name a row, a title a film."""
+    _, axes = plt.subplots(
+        len(rows),
+        len(rows[0]),
+        figsize=(size * len(rows[0]), (size + 0.2) * len(rows)),
+        squeeze=False,
+    )
+    for line, row, name, captions in zip(axes, rows, names, titles, strict=True):
+        for ax, film, title in zip(line, row, captions, strict=True):
+            signed = film.dtype != np.uint8
+            ax.imshow(film if signed else _unit(film), **(DIFFERENCE if signed else FILM))
+            ax.set_title(title, fontsize=7)
+            _bare(ax)
+        line[0].set_ylabel(name, fontsize=8)
+    return axes
+
+
+def plot_phantom(patient, size=256):
+    """One phantom patient under five doses of fluid, heart size and devices, and what each changed.
+
+    The maps below the films are true differences from the healthy film, exact to the pixel.
+    """
+    volumes, ratios = (0, 300, 700, 1400, 2300), (0.42, 0.48, 0.54, 0.60, 0.66)
+    kinds = ("pacemaker", "central_line", "et_tube", "ecg")
+    rows = {
+        "effusion": [({"effusion_ml": ml}, f"{ml} ml") for ml in volumes],
+        "heart": [({"heart_ratio": r}, f"heart / thorax {r:.2f}") for r in ratios],
+        "devices": [
+            (dict.fromkeys(kinds[:n], 1), "+ " + kinds[n - 1].replace("_", " ") if n else "none")
+            for n in range(len(kinds) + 1)
+        ],
+    }
+    pathologies = {label: 0 for label in phantom.DRAWN if label != "Support Devices"}
+    films, names, titles = [], [], []
+    for name, doses in rows.items():
+        shown = []
+        for do, _ in doses:
+            set_here = {phantom.SEVERITIES[k].label for k in do if k in phantom.SEVERITIES}
+            others = {k: v for k, v in pathologies.items() if k not in set_here}
+            others |= {k: 0 for k in phantom.DEVICE_KINDS if not any(k.startswith(d) for d in do)}
+            shown.append(phantom.render(patient, size, others | do).image)
+        films += [shown, [(film.astype(np.float32) - shown[0]) / 255 for film in shown]]
+        names += [name, "true difference"]
+        titles += [[title for _, title in doses], [""] * len(doses)]
+    return plot_grid(films, names, titles)
 
 
 def plot_prevalence(table, findings, ax=None):

@@ -187,12 +187,12 @@ def unit_to_sd(images):
 def sd_to_unit(images):
     """Turn the VAE's output into unit images: mean over channels, clamped.
 
-    images: torch (B, 3, H, W) in [-1, 1]; a decoder may overshoot, so up to [-4, 4] is taken.
+    images: torch (B, 3, H, W) in [-1, 1]; a decoder may overshoot, so up to [-8, 8] is taken.
     Returns torch (B, H, W) in [0, 1]. Raises ImageError for another shape or range.
     """
     if images.ndim != 4:
         raise ImageError(f"sd_to_unit takes (B, 3, H, W); it was given {tuple(images.shape)}.")
-    _check_range(images, -4, 4, "[-1, 1]", "unit_to_sd")
+    _check_range(images, -8, 8, "[-1, 1]", "unit_to_sd")
     return (images.mean(dim=1) / 2 + 0.5).clamp(0, 1)  # (B, H, W)
 
 

@@ -118,7 +118,7 @@ class Caption(Params):
     negatives: Flag = _is(False, "captions also name what is absent")
     test_share: Number = _is(0.15, "share of patients for the test", gt=0, lt=1)
     val_share: Number = _is(0.15, "share of the other patients for validation", gt=0, lt=1)
-    image_size: Whole = _is(128, "pixels a side; 512 in the paper", ge=32, le=1024, multiple_of=8)
+    image_size: Whole = _is(256, "pixels a side; 512 in the paper", ge=64, le=1024, multiple_of=8)
     fit: Literal["squash", "crop", "pad"] = _is("squash", "how a film becomes square")
     max_films: Whole = _is(0, "use at most so many films; 0: all", ge=0)
     phantom_patients: Whole = _is(160, "patients to render when csv is phantom", ge=8, le=1_000_000)

@@ -41,7 +41,7 @@ def make_notebook():
 @pytest.fixture(scope="session")
 def random_base(tmp_path_factory):
     """A base model of 64 px with random weights: right in shape, wrong in everything else."""
-    from prism_nb.pretrain import random_base
+    from prism_nb.phantom.pretrain import random_base
 
     return random_base(tmp_path_factory.mktemp("base"), size=64)
 

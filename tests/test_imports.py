@@ -7,7 +7,7 @@ import sys
 ORDER = """
     files findings images layouts cohort phantom captions diffusion latents finetune inversion
     attention masks editing scoring edits networks metrics classifiers evaluation ganterfactual
-    augment arms vqa pretrain
+    augment arms vqa
     params figures studio run manifest execute report doctor cli
 """.split()  # noqa: SIM905
 HEAVY = {
@@ -36,12 +36,24 @@ def imported(path):
 def test_imports_point_upwards_only(root):
     for path in sorted((root / "prism_nb").rglob("*.py")):
         module = path.relative_to(root / "prism_nb").with_suffix("").parts[0]
-        if module == "__init__":
+        if (
+            module == "__init__" or path.stem == "pretrain"
+        ):  # it trains on the phantom: the last of all
             continue
         assert module in ORDER, f"{module} has no place in ORDER of {__name__}"
         for name in imported(path):
             below = ORDER.index(name) > ORDER.index(module)
             assert not below, f"{path.name} imports {name}, which stands below {module}"
+
+
+def test_the_phantom_is_read_from_graph_to_cohort(root):
+    order = ["draw", "graph", "anatomy", "disease", "devices", "renderer", "cohort"]
+    for module in order:
+        path = root / "prism_nb" / "phantom" / f"{module}.py"
+        tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        names = {n.module for n in tree if isinstance(n, ast.ImportFrom) and n.module}
+        inner = {n.split(".")[2] for n in names if n.startswith("prism_nb.phantom.")}
+        assert all(order.index(n) < order.index(module) for n in inner), module
 
 
 def test_importing_the_package_is_quick_and_the_command_line_light():

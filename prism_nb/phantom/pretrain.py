@@ -3,9 +3,9 @@
 Four stages, each skipped when its folder is there: films, VAE (phantom films, and real ones if a
 folder is given), CLIP (contrastive, films against captions), U-Net (noise prediction on cached
 latents, EMA). Same classes of diffusers and transformers as Stable Diffusion v1.5, fewer
-channels.
-    python -m prism_nb.pretrain OUT [--size 128] [--films FOLDER] [--unet-steps 2250]
-Shapes: films (N, H, W) uint8; images (B, 3, H, W) in [-1, 1]; z (B, 4, H/4, W/4).
+channels. Killed and started again it continues from its last checkpoint.
+    python -m prism_nb.phantom.pretrain OUT [--films FOLDER] [--unet-steps 4500]
+Shapes: films (N, H, W) uint8; images (B, 3, H, W) in [-1, 1]; z (B, C, H/8, W/8).
 """
 
 import argparse
@@ -21,15 +21,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from prism_nb.captions import caption, vocabulary
-from prism_nb.files import atomic_path, write_json
+from prism_nb.captions import caption, edit_labels, vocabulary
+from prism_nb.files import atomic_path, read_json, write_json
 from prism_nb.images import load_films, uint8_to_unit, unit_to_sd
-from prism_nb.phantom import render, sample_patient
+from prism_nb.phantom import DRAWN, render, sample_patient
 from prism_nb.phantom.graph import PREVALENCE
 
 log = logging.getLogger("pretrain")
 # P(device | effusion) = P(device): the base itself must not be biased
 UNCONFOUNDED = PREVALENCE["Support Devices"]
+LATENT_CHANNELS = 8
+# Findings whose caption is changed against the film; those that notebooks edit come more often.
+FLIPPED = (*DRAWN, *("Pleural Effusion", "Cardiomegaly", "Support Devices") * 5)
 PRETRAIN_SEED = 1_000_003  # no cohort's population: its patients are never seen in a notebook
 
 
@@ -58,34 +61,36 @@ def tokenizer_folder(folder, words):
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def tiny_vae():
-    """A KL-VAE that maps 4 x 4 pixels to one latent of 4 channels."""
+def tiny_vae(latent_channels=LATENT_CHANNELS):
+    """A KL-VAE that maps 8 x 8 pixels to one latent."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 96),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=8,
-        sample_size=128,
+        sample_size=256,
         force_upcast=False,
     )
 
 
-def tiny_unet(sample_size):
+def tiny_unet(sample_size, latent_channels=LATENT_CHANNELS):
     """A text-conditioned U-Net of three levels, cross-attention in the lower two."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=sample_size,
-        block_out_channels=(32, 64, 128),
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=(48, 96, 160),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=128,
-        attention_head_dim=(1, 2, 4),
+        attention_head_dim=(1, 3, 5),  # the number of heads, in spite of its name: 32 channels each
         norm_num_groups=16,
     )
 
@@ -108,7 +113,7 @@ def tiny_clip(size, vocab_size):
     text = CLIPTextConfig(
         vocab_size=vocab_size, max_position_embeddings=77, projection_dim=64, **shared, **ends
     )
-    vision = CLIPVisionConfig(image_size=size, patch_size=size // 8, projection_dim=64, **shared)
+    vision = CLIPVisionConfig(image_size=size, patch_size=size // 16, projection_dim=64, **shared)
     return CLIPModel(
         CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
     )
@@ -122,7 +127,7 @@ def random_base(folder, size=64, seed=0):
     clip = tiny_clip(size, len(tokenizer))
     save_clip(clip, folder, size)
     tiny_vae().save_pretrained(folder / "vae")
-    tiny_unet(size // 4).save_pretrained(folder / "unet")
+    tiny_unet(size // 8).save_pretrained(folder / "unet")
     finish_folder(folder)
     return folder
 
@@ -171,28 +176,32 @@ def finish_folder(folder):
 
 
 def _film(number, size):
-    patient = sample_patient(PRETRAIN_SEED, number, UNCONFOUNDED)
-    return render(patient, size).image, patient.labels
+    """A film of the population and its labels; every second has findings set at random.
+
+    Only so can the model tell what comes of one finding from what comes of those it goes with.
+    """
+    patient, do = sample_patient(PRETRAIN_SEED, number, confounding=UNCONFOUNDED), {}
+    if number % 2:
+        coin = patient.draw("pretrain").random(len(DRAWN))
+        do = {label: int(c < 0.3) for label, c in zip(DRAWN, coin, strict=True)}
+    film = render(patient, size, do)
+    return film.image, film.labels
 
 
 def phantom_films(work, num_films, size):
-    """Render the training films once: uint8 (N, H, W) and their labels."""
-    path = work / f"films-{size}.npz"
+    """Render the training films once: uint8 (N, H, W), memory-mapped, and their labels."""
+    path = work / f"films-{size}.npy"
     if not path.is_file():
         with ProcessPoolExecutor(2) as pool:
             pairs = list(pool.map(partial(_film, size=size), range(1, num_films + 1), chunksize=50))
-        with atomic_path(path) as temporary:
-            np.savez(
-                temporary,
-                films=np.stack([p[0] for p in pairs]),
-                labels=json.dumps([p[1] for p in pairs]),
-            )
-    stored = np.load(path)
-    return stored["films"], json.loads(str(stored["labels"]))
+        write_json(path.with_suffix(".json"), [p[1] for p in pairs])
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.stack([p[0] for p in pairs]))
+    return np.load(path, mmap_mode="r"), read_json(path.with_suffix(".json"))
 
 
 def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
-    """AdamW, one-cycle rate, clipped gradients; resumes from its checkpoint every 250 steps."""
+    """AdamW, one-cycle rate, clipped gradients; resumes from its checkpoint every 100 steps."""
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, rate, total_steps=steps + 1, pct_start=0.1
@@ -217,7 +226,7 @@ def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
         if ema:
             ema.step(parameters)
         running.append(loss.item())
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             log.info(
                 "%s step %d loss %.4f %.0f s", name, step + 1, np.mean(running), time.time() - began
             )
@@ -234,33 +243,38 @@ def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
                 torch.save(state, temporary)
 
 
-def fit_vae(folder, work, films, steps, batch_size=12):
-    """L1 on pixels and on their differences (thin wires), a light KL; then the latents' scale.
+def fit_vae(folder, work, films, steps, start=None, batch_size=12):
+    """L1 on pixels and on their differences, more where there is detail, and a light KL.
 
-    Crops first, because they are four times cheaper; the last steps see whole films.
+    Wires and leads cover so few pixels that an unweighted loss gives them up. Crops first, because
+    they are four times cheaper; the last steps see whole films. Then the latents' scale is set.
     """
+    from diffusers import AutoencoderKL
+
     torch.manual_seed(1)
-    vae, whole = tiny_vae(), int(0.85 * steps)
+    vae, whole = tiny_vae(), int(0.9 * steps)
+    if start:
+        vae = AutoencoderKL.from_pretrained(start / "vae").train()
 
     def loss_of(step):
         rng = np.random.default_rng((11, step))
-        number, crop = (
-            (batch_size, films.shape[1] // 2) if step < whole else (batch_size // 3, films.shape[1])
-        )
-        x = unit_to_sd(
-            uint8_to_unit(_crop(films[rng.integers(len(films), size=number)], crop, rng))
-        )
+        size = films.shape[1]
+        number, crop = (batch_size, size // 2) if step < whole else (batch_size // 3, size)
+        rows = np.sort(rng.integers(len(films), size=number))
+        x = unit_to_sd(uint8_to_unit(_crop(films[rows], crop, rng)))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
             y = vae.decode(posterior.mean + posterior.std * noise).sample
-        y = y.float()
-        edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (
-            y.diff(dim=-2) - x.diff(dim=-2)
-        ).abs().mean()
-        return (y - x).abs().mean() + 0.5 * edges + 1e-6 * posterior.kl().float().mean() / len(x)
+        x, y = x[:, :1], y.float()
+        detail = (x - F.avg_pool2d(x, 9, 1, 4, count_include_pad=False)).abs()
+        weight = 1 + 8 * (detail / 0.2).clamp(max=1)
+        off = weight * (y - x)
+        edges = sum((y - x).diff(dim=d).abs().mean() for d in (-1, -2))
+        loss = off.abs().mean() + 2 * (off * (y - x)).mean() + 0.5 * edges
+        return loss + 1e-6 * posterior.kl().float().mean() / len(x)
 
-    train(vae, list(vae.parameters()), loss_of, steps, 1.5e-3, work, "vae")
+    train(vae, list(vae.parameters()), loss_of, steps, 1e-3 if start else 1.5e-3, work, "vae")
     with torch.no_grad():
         sample = np.random.default_rng(5).choice(len(films), 64, replace=False)
         z = vae.eval().encode(unit_to_sd(uint8_to_unit(films[sample]))).latent_dist.mean
@@ -275,20 +289,18 @@ def _crop(films, crop, rng):
     return np.ascontiguousarray(films[:, top : top + crop, left : left + crop])
 
 
-def _jitter(films, rng):
-    """Flips and small shifts: the VAE codes local detail, wherever it lies."""
-    films = films[:, :, ::-1] if rng.random() < 0.5 else films
-    return np.ascontiguousarray(np.roll(films, rng.integers(-8, 9, size=2), axis=(1, 2)))
+def _style(rng):
+    """One of the ways in which a cohort may be captioned, drawn at random."""
+    template = "listing1" if rng.random() < 0.25 else "plain"
+    return {"template": template, "negatives": bool(rng.random() < 0.15)}
 
 
-def caption_of(labels, rng):
-    """One of the templates that a cohort may be captioned with, drawn at random."""
-    template = "listing1" if rng.random() < 0.3 else "plain"
-    return caption(labels, template=template, negatives=bool(rng.random() < 0.25))
+def fit_clip(folder, work, films, labels, size, steps, batch_size=32):
+    """Contrastive training: each film against all captions, and against its own with one changed.
 
-
-def fit_clip(folder, work, films, labels, size, steps, batch_size=48):
-    """Contrastive training in which equal label sets are all positives of one another."""
+    The second makes the model notice every finding: in a batch, the rest of a caption tells films
+    apart well enough. Equal label sets are all positives of one another.
+    """
     torch.manual_seed(2)
     tokenizer = tokenizer_folder(folder / "tokenizer", vocabulary())
     clip = tiny_clip(size, len(tokenizer))
@@ -297,23 +309,30 @@ def fit_clip(folder, work, films, labels, size, steps, batch_size=48):
     def loss_of(step):
         rng = np.random.default_rng((12, step))
         rows = rng.integers(len(films), size=batch_size)
-        text = tokenizer(
-            [caption_of(labels[r], rng) for r in rows],
-            padding="max_length",
-            max_length=77,
-            return_tensors="pt",
-        )
-        out = clip(
-            input_ids=text.input_ids,
-            attention_mask=text.attention_mask,
-            pixel_values=unit_to_sd(uint8_to_unit(films[rows])),
-        )
+        words, other = [], []
+        for row in rows:
+            style = _style(rng)
+            finding = FLIPPED[rng.integers(len(FLIPPED))]
+            words.append(caption(labels[row], **style))
+            other.append(
+                caption(edit_labels(labels[row], finding, not labels[row][finding]), **style)
+            )
+        text = tokenizer(words + other, padding="max_length", max_length=77, return_tensors="pt")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = clip(
+                input_ids=text.input_ids,
+                attention_mask=text.attention_mask,
+                pixel_values=unit_to_sd(uint8_to_unit(films[np.sort(rows)]))[
+                    np.argsort(np.argsort(rows))
+                ],
+            )
+        logits = out.logits_per_image.float()  # (B, 2B): true captions, then changed ones
+        right = logits[:, :batch_size]
         same = torch.from_numpy(codes[rows][:, None] == codes[rows][None]).float()
         target = same / same.sum(1, keepdim=True)
-        return (
-            F.cross_entropy(out.logits_per_image, target)
-            + F.cross_entropy(out.logits_per_text, target)
-        ) / 2
+        pair = torch.stack([right.diagonal(), logits[:, batch_size:].diagonal()], dim=1)
+        own = F.cross_entropy(pair, torch.zeros(batch_size, dtype=torch.long))
+        return (F.cross_entropy(right, target) + F.cross_entropy(right.T, target)) / 2 + 2 * own
 
     train(clip, list(clip.parameters()), loss_of, steps, 1e-3, work, "clip")
     save_clip(clip, folder, size)
@@ -339,27 +358,35 @@ def fit_unet(folder, work, films, labels, steps, batch_size=16):
         "",
         torch.device("cpu"),
     )
-    latents = encode_films(frozen, uint8_to_unit(films), 32)
+    cached = work / "latents.npy"
+    if not cached.is_file():
+        parts = [
+            encode_films(frozen, uint8_to_unit(films[k : k + 64]), 32)
+            for k in range(0, len(films), 64)
+        ]
+        with atomic_path(cached) as temporary, open(temporary, "wb") as file:
+            np.save(file, torch.cat(parts).half().numpy())
+    latents = torch.from_numpy(np.load(cached)).float()
     unet, texts = tiny_unet(latents.shape[-1]), {}
     ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
 
     def loss_of(step):
         rng = np.random.default_rng((13, step))
         rows = rng.integers(len(latents), size=batch_size)
-        words = ["" if rng.random() < 0.1 else caption_of(labels[r], rng) for r in rows]
-        for word in set(words) - set(texts):
-            texts[word] = embed_captions(frozen, [word])[0]
+        words = ["" if rng.random() < 0.1 else caption(labels[r], **_style(rng)) for r in rows]
+        new = sorted(set(words) - set(texts))
+        if new:
+            texts.update(zip(new, embed_captions(frozen, new).half(), strict=True))
         generator = torch.Generator().manual_seed(step)
         noise = torch.randn(latents[rows].shape, generator=generator)
         t = torch.randint(0, 1000, (batch_size,), generator=generator)
         noisy = frozen.scheduler.add_noise(latents[rows], noise, t)
+        cond = torch.stack([texts[w] for w in words]).float()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            eps = unet(
-                noisy, t, encoder_hidden_states=torch.stack([texts[w] for w in words])
-            ).sample
+            eps = unet(noisy, t, encoder_hidden_states=cond).sample
         return F.mse_loss(eps.float(), noise)
 
-    train(unet, list(unet.parameters()), loss_of, steps, 8e-4, work, "unet", ema=ema)
+    train(unet, list(unet.parameters()), loss_of, steps, 7e-4, work, "unet", ema=ema)
     ema.copy_to(unet.parameters())
     unet.half().save_pretrained(folder / "unet")  # half the size; loaded back as float32
 
@@ -368,12 +395,15 @@ def main(argv=None):
     """Run the stages that are not done yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--num-films", type=int, default=6000)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--num-films", type=int, default=8000)
     parser.add_argument("--films", type=Path, help="folder of real films for the VAE")
-    parser.add_argument("--vae-steps", type=int, default=1400)
-    parser.add_argument("--clip-steps", type=int, default=450)
-    parser.add_argument("--unet-steps", type=int, default=2250)
+    parser.add_argument(
+        "--start", type=Path, help="base to go on from; its vae/ and unet/ are read"
+    )
+    parser.add_argument("--vae-steps", type=int, default=1600)
+    parser.add_argument("--clip-steps", type=int, default=900)
+    parser.add_argument("--unet-steps", type=int, default=4500)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     folder, work = args.out, args.out / "work"
@@ -381,14 +411,14 @@ def main(argv=None):
     films, labels = phantom_films(work, args.num_films, args.size)
     log.info("%d films of %d px", len(films), args.size)
     if not (folder / "vae").is_dir():
-        mix = films[:3000]
+        mix = np.array(films[:3000])
         if args.films:
             paths = sorted(p for p in args.films.iterdir() if p.is_file())
             real = load_films(
                 [p for i, p in enumerate(paths) if i % 5], args.size
             )  # every fifth is kept for measuring
             mix = np.concatenate([mix, np.repeat(real, max(1, len(mix) // len(real)), axis=0)])
-        fit_vae(folder, work, mix, args.vae_steps)
+        fit_vae(folder, work, mix, args.vae_steps, args.start)
     if not (folder / "clip").is_dir():
         fit_clip(folder, work, films, labels, args.size, args.clip_steps)
     finish_folder(folder)

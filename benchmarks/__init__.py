@@ -1,0 +1,1 @@
+"""How fast the project is: each module prints a table and says whether its targets are met."""
