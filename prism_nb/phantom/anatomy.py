@@ -1,9 +1,8 @@
 """The phantom's healthy chest: how much tissue, air and bone each ray passes, in cm.
 
-Numbers of radiographic anatomy (sizes, levels, angles) follow the sources listed in the README of
-the phantom; what has no source is marked `ours`. A `Body` holds one patient's numbers, all of them
-exogenous: no finding and no device changes one. The functions turn them into (size, size) float32
-maps. x grows to the image's right, which is the patient's left; side -1 is the patient's right.
+Sizes, levels and angles follow the sources that the README beside this file lists. A `Body` holds
+one patient's numbers, all of them exogenous: no finding and no device changes one. The functions
+turn them into (size, size) float32 maps. x grows to the image's right, which is the patient's left; side -1 is the patient's right.
 """
 
 from dataclasses import dataclass

@@ -299,42 +299,51 @@ def fit_clip(folder, work, films, labels, size, steps, batch_size=32):
     """Contrastive training: each film against all captions, and against its own with one changed.
 
     The second makes the model notice every finding: in a batch, the rest of a caption tells films
-    apart well enough. Equal label sets are all positives of one another.
+    apart well enough. Equal label sets are all positives of one another. A linear reading of the
+    labels, thrown away afterwards, helps the vision half to start. Where a text encoder is there
+    already it is kept as it is, because a U-Net may have been trained on it.
     """
+    from transformers import CLIPTextModel
+
     torch.manual_seed(2)
     tokenizer = tokenizer_folder(folder / "tokenizer", vocabulary())
     clip = tiny_clip(size, len(tokenizer))
-    codes = np.array([sum(v << i for i, v in enumerate(row.values())) for row in labels])
+    if (folder / "text_encoder").is_dir():
+        kept = CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict()
+        kept = {k.removeprefix("text_model."): v for k, v in kept.items()}
+        own = clip.text_model.state_dict()
+        clip.text_model.load_state_dict({k: kept[k.removeprefix("text_model.")] for k in own})
+        clip.text_model.requires_grad_(False)
+    reader = torch.nn.Linear(clip.config.projection_dim, len(DRAWN))
+    both = torch.nn.ModuleDict({"clip": clip, "reader": reader})
+    truth = torch.tensor([[row[name] for name in DRAWN] for row in labels], dtype=torch.float32)
+    codes = (truth @ (2.0 ** torch.arange(len(DRAWN)))).long()
 
     def loss_of(step):
         rng = np.random.default_rng((12, step))
-        rows = rng.integers(len(films), size=batch_size)
+        rows = np.sort(rng.integers(len(films), size=batch_size))
         words, other = [], []
         for row in rows:
-            style = _style(rng)
-            finding = FLIPPED[rng.integers(len(FLIPPED))]
+            style, finding = _style(rng), FLIPPED[rng.integers(len(FLIPPED))]
+            changed = edit_labels(labels[row], finding, not labels[row][finding])
             words.append(caption(labels[row], **style))
-            other.append(
-                caption(edit_labels(labels[row], finding, not labels[row][finding]), **style)
-            )
+            other.append(caption(changed, **style))
         text = tokenizer(words + other, padding="max_length", max_length=77, return_tensors="pt")
+        shown = np.roll(films[rows], rng.integers(-6, 7, 2), (1, 2))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = clip(
-                input_ids=text.input_ids,
-                attention_mask=text.attention_mask,
-                pixel_values=unit_to_sd(uint8_to_unit(films[np.sort(rows)]))[
-                    np.argsort(np.argsort(rows))
-                ],
-            )
+            out = clip(**text, pixel_values=unit_to_sd(uint8_to_unit(shown)))
         logits = out.logits_per_image.float()  # (B, 2B): true captions, then changed ones
         right = logits[:, :batch_size]
-        same = torch.from_numpy(codes[rows][:, None] == codes[rows][None]).float()
+        same = (codes[rows][:, None] == codes[rows][None]).float()
         target = same / same.sum(1, keepdim=True)
         pair = torch.stack([right.diagonal(), logits[:, batch_size:].diagonal()], dim=1)
         own = F.cross_entropy(pair, torch.zeros(batch_size, dtype=torch.long))
-        return (F.cross_entropy(right, target) + F.cross_entropy(right.T, target)) / 2 + 2 * own
+        read = F.binary_cross_entropy_with_logits(reader(8 * out.image_embeds.float()), truth[rows])
+        contrast = (F.cross_entropy(right, target) + F.cross_entropy(right.T, target)) / 2
+        return 0.5 * contrast + 2 * own + 4 * read
 
-    train(clip, list(clip.parameters()), loss_of, steps, 1e-3, work, "clip")
+    trained = [parameter for parameter in both.parameters() if parameter.requires_grad]
+    train(both, trained, loss_of, steps, 1e-3, work, "clip")
     save_clip(clip, folder, size)
 
 
@@ -402,7 +411,7 @@ def main(argv=None):
         "--start", type=Path, help="base to go on from; its vae/ and unet/ are read"
     )
     parser.add_argument("--vae-steps", type=int, default=1600)
-    parser.add_argument("--clip-steps", type=int, default=900)
+    parser.add_argument("--clip-steps", type=int, default=2500)
     parser.add_argument("--unet-steps", type=int, default=4500)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
