@@ -110,7 +110,8 @@ def train_arms(arms, films, labels, rows, extra, tests, heads, params, device="c
     recipe += (params.classifier_learning_rate,)
     for seed in range(params.seed, params.seed + params.num_augment_seeds):
         for arm in arms:
-            model = build_classifier(params.classifier, len(heads), params.classifier_weights, seed)
+            weights, sees = params.classifier_weights, params.classifier_size
+            model = build_classifier(params.classifier, len(heads), weights, seed, sees)
             chosen = build_arm(arm, *train, extra, seed)
             for _ in fit(model, *chosen, *val, *recipe, seed=seed, num_steps=steps, device=device):
                 pass

@@ -25,11 +25,12 @@ class ClassifierError(ValueError):
 
 
 class Classifier(nn.Module):
-    """A network from grey films to logits, with its normalisation and temperature inside."""
+    """A network from grey films to logits, with resizing, normalisation and temperature inside."""
 
-    def __init__(self, network, architecture, num_heads):
+    def __init__(self, network, architecture, num_heads, sees=0):
         super().__init__()
         self.network, self.architecture, self.num_heads = network, architecture, num_heads
+        self.sees = sees  # pixels a side that the network sees of a larger film; 0: all
         self.temperature = 1.0  # set by fit_temperature
         self.image_size = 0  # set by fit; 0: any
 
@@ -37,13 +38,17 @@ class Classifier(nn.Module):
         """Films (B, H, W), uint8 or float in [0, 1], to logits (B, K); differentiable in floats."""
         films = films.float() / 255 if films.dtype == torch.uint8 else films
         pixels = ((films - MEAN) / STD).unsqueeze(1)  # (B, 1, H, W)
+        if 0 < self.sees < pixels.shape[-1]:
+            shape = (self.sees, self.sees)
+            pixels = nn.functional.interpolate(pixels, shape, mode="bilinear", antialias=True)
         return self.network(pixels) / self.temperature
 
 
-def build_classifier(name, num_heads, weights="", seed=0):
+def build_classifier(name, num_heads, weights="", seed=0, sees=0):
     """Make an untrained classifier.
 
-    name: a timm architecture or "alexnet". weights: "" (drawn from seed), "imagenet", or a path to
+    name: a timm architecture or "alexnet". sees: larger films are shrunk to so many pixels a side;
+    0: none is. weights: "" (drawn from seed), "imagenet", or a path to
     safetensors of the same architecture, whose last layer is not used.
     Raises ClassifierError for an unknown name (naming the nearest) and weights that cannot be had.
     """
@@ -69,7 +74,7 @@ def build_classifier(name, num_heads, weights="", seed=0):
                 f"weights {weights!r} of {name} cannot be had ({reason}); give a path to their "
                 'safetensors, or "" to train from scratch.'
             ) from None
-    model = Classifier(network, name, num_heads).eval()
+    model = Classifier(network, name, num_heads, sees).eval()
     return model.to(memory_format=torch.channels_last)  # 1.4 times faster on a CPU
 
 
@@ -194,6 +199,7 @@ def save_classifier(folder, model, heads, card=None):
         "architecture": model.architecture,
         "heads": list(heads),
         "image_size": model.image_size,
+        "sees": model.sees,
         "temperature": model.temperature,
         "sha256": sha256_file(folder / WEIGHTS_FILE),  # a kill between the two files is noticed
     }
@@ -218,6 +224,7 @@ def load_classifier(folder):
         model = build_classifier(card["architecture"], len(card["heads"]))
         model.network.load_state_dict(load_file(folder / WEIGHTS_FILE))
         model.temperature, model.image_size = card["temperature"], card["image_size"]
+        model.sees = card["sees"]
     except (KeyError, TypeError, *_bad_weights()) as error:
         reason = str(error).splitlines()[0]
         raise ClassifierError(

@@ -174,6 +174,7 @@ class Evaluate(WithDevice):
 
     classifier: Text = _is("test_efficientnet", "timm name; efficientnet_b0 in the paper")
     classifier_weights: Text = _is("", 'start weights: "imagenet", a file, or empty: none')
+    classifier_size: Whole = _is(128, "pixels a side that it sees; 0: all", ge=0, le=1024)
     classifier_epochs: Whole = _is(4, "passes over the training films", ge=1, le=10_000)
     classifier_batch_size: Whole = _is(16, "films a step", ge=1, le=4096)
     classifier_learning_rate: Number = _is(5e-3, "AdamW", gt=0, le=1)

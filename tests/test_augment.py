@@ -222,6 +222,7 @@ def test_arms_train_for_the_same_steps(monkeypatch, request):
     params = SimpleNamespace(
         classifier="test_efficientnet",
         classifier_weights="",
+        classifier_size=0,
         classifier_epochs=2,
         classifier_batch_size=8,
         classifier_learning_rate=5e-3,

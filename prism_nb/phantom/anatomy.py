@@ -2,7 +2,8 @@
 
 Sizes, levels and angles follow the sources that the README beside this file lists. A `Body` holds
 one patient's numbers, all of them exogenous: no finding and no device changes one. The functions
-turn them into (size, size) float32 maps. x grows to the image's right, which is the patient's left; side -1 is the patient's right.
+turn them into (size, size) float32 maps. x grows to the image's right, which is the patient's
+left; side -1 is the patient's right.
 """
 
 from dataclasses import dataclass
