@@ -31,8 +31,15 @@ log = logging.getLogger("pretrain")
 # P(device | effusion) = P(device): the base itself must not be biased
 UNCONFOUNDED = PREVALENCE["Support Devices"]
 LATENT_CHANNELS = 8
+MAIN = ("Pleural Effusion", "Cardiomegaly", "Support Devices")  # what the notebooks edit
 # Findings whose caption is changed against the film; those that notebooks edit come more often.
-FLIPPED = (*DRAWN, *("Pleural Effusion", "Cardiomegaly", "Support Devices") * 5)
+FLIPPED = (*DRAWN, *MAIN * 5)
+PATCHES = 16  # a side of the grid that CLIP's vision half sees a film in
+LAYERS = {  # a label's mask, where it has another name
+    "Support Devices": "devices",
+    "Cardiomegaly": "heart",
+    "Enlarged Cardiomediastinum": "mediastinum",
+}
 PRETRAIN_SEED = 1_000_003  # no cohort's population: its patients are never seen in a notebook
 
 
@@ -113,7 +120,9 @@ def tiny_clip(size, vocab_size):
     text = CLIPTextConfig(
         vocab_size=vocab_size, max_position_embeddings=77, projection_dim=64, **shared, **ends
     )
-    vision = CLIPVisionConfig(image_size=size, patch_size=size // 16, projection_dim=64, **shared)
+    vision = CLIPVisionConfig(
+        image_size=size, patch_size=size // PATCHES, projection_dim=64, **shared
+    )
     return CLIPModel(
         CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
     )
@@ -176,28 +185,40 @@ def finish_folder(folder):
 
 
 def _film(number, size):
-    """A film of the population and its labels; every second has findings set at random.
+    """A film of the population, its labels, and which of them show in each of 16 x 16 patches.
 
-    Only so can the model tell what comes of one finding from what comes of those it goes with.
+    A third of the films are as the population has them; in a third every finding is decided by a
+    coin, in a third the three of MAIN alone are and no other is there. Only so can the model tell
+    what comes of one finding from what comes of those it goes with.
     """
     patient, do = sample_patient(PRETRAIN_SEED, number, confounding=UNCONFOUNDED), {}
-    if number % 2:
-        coin = patient.draw("pretrain").random(len(DRAWN))
-        do = {label: int(c < 0.3) for label, c in zip(DRAWN, coin, strict=True)}
-    film = render(patient, size, do)
-    return film.image, film.labels
+    coins = dict(zip(DRAWN, patient.draw("pretrain").random(len(DRAWN)), strict=True))
+    if number % 3 == 1:
+        do = {label: int(coin < 0.3) for label, coin in coins.items()}
+    elif number % 3 == 2:
+        do = {label: int(label in MAIN and coin < 0.5) for label, coin in coins.items()}
+    film, patches = render(patient, size, do), np.zeros((PATCHES, PATCHES, len(DRAWN)), bool)
+    for place, label in enumerate(DRAWN):
+        if film.labels[label]:
+            mask = film.masks[LAYERS.get(label, label)]
+            side = size // PATCHES
+            patches[..., place] = mask.reshape(PATCHES, side, PATCHES, side).any((1, 3))
+    return film.image, film.labels, patches
 
 
 def phantom_films(work, num_films, size):
-    """Render the training films once: uint8 (N, H, W), memory-mapped, and their labels."""
+    """Render the training films once: uint8 (N, H, W), memory-mapped, their labels and patches."""
     path = work / f"films-{size}.npy"
     if not path.is_file():
         with ProcessPoolExecutor(2) as pool:
-            pairs = list(pool.map(partial(_film, size=size), range(1, num_films + 1), chunksize=50))
-        write_json(path.with_suffix(".json"), [p[1] for p in pairs])
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, np.stack([p[0] for p in pairs]))
-    return np.load(path, mmap_mode="r"), read_json(path.with_suffix(".json"))
+            made = list(pool.map(partial(_film, size=size), range(1, num_films + 1), chunksize=50))
+        films, labels, patches = zip(*made, strict=True)
+        write_json(path.with_suffix(".json"), labels)
+        for name, array in ((f"patches-{size}.npy", patches), (path.name, films)):
+            with atomic_path(work / name) as temporary, open(temporary, "wb") as file:
+                np.save(file, np.stack(array))
+    patches = np.load(work / f"patches-{size}.npy", mmap_mode="r")
+    return np.load(path, mmap_mode="r"), read_json(path.with_suffix(".json")), patches
 
 
 def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
@@ -266,19 +287,44 @@ def fit_vae(folder, work, films, steps, start=None, batch_size=12):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
             y = vae.decode(posterior.mean + posterior.std * noise).sample
-        x, y = x[:, :1], y.float()
-        detail = (x - F.avg_pool2d(x, 9, 1, 4, count_include_pad=False)).abs()
-        weight = 1 + 8 * (detail / 0.2).clamp(max=1)
-        off = weight * (y - x)
-        edges = sum((y - x).diff(dim=d).abs().mean() for d in (-1, -2))
-        loss = off.abs().mean() + 2 * (off * (y - x)).mean() + 0.5 * edges
-        return loss + 1e-6 * posterior.kl().float().mean() / len(x)
+        return _off(x, y) + 1e-6 * posterior.kl().float().mean() / len(x)
 
     train(vae, list(vae.parameters()), loss_of, steps, 1e-3 if start else 1.5e-3, work, "vae")
     with torch.no_grad():
         sample = np.random.default_rng(5).choice(len(films), 64, replace=False)
         z = vae.eval().encode(unit_to_sd(uint8_to_unit(films[sample]))).latent_dist.mean
     vae.register_to_config(scaling_factor=round(float(1 / z.std()), 5))
+    vae.save_pretrained(folder / "vae")
+
+
+def _off(x, y):
+    """How far decoded films y (B, 3, H, W) are from x, up to nine times more where x has detail."""
+    x, y = x[:, :1], y.float()
+    detail = (x - F.avg_pool2d(x, 9, 1, 4, count_include_pad=False)).abs()
+    off = (1 + 8 * (detail / 0.2).clamp(max=1)) * (y - x)
+    edges = sum((y - x).diff(dim=d).abs().mean() for d in (-1, -2))
+    return off.abs().mean() + 2 * (off * (y - x)).mean() + 0.5 * edges
+
+
+def refine_decoder(folder, work, films, steps, batch_size=12):
+    """Train the decoder alone for longer: the latents, and a U-Net trained on them, stay valid."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae").train()
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+
+    def loss_of(step):
+        rng = np.random.default_rng((14, step))
+        rows = np.sort(rng.integers(len(films), size=batch_size))
+        x = unit_to_sd(uint8_to_unit(_crop(films[rows], films.shape[1] // 2, rng)))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.no_grad():
+                z = vae.encode(x).latent_dist.mean
+            return _off(x, vae.decode(z).sample)
+
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    train(vae, trained, loss_of, steps, 1e-3, work, "decoder")
     vae.save_pretrained(folder / "vae")
 
 
@@ -295,12 +341,13 @@ def _style(rng):
     return {"template": template, "negatives": bool(rng.random() < 0.15)}
 
 
-def fit_clip(folder, work, films, labels, size, steps, batch_size=32):
+def fit_clip(folder, work, films, labels, patches, size, steps, batch_size=32):
     """Contrastive training: each film against all captions, and against its own with one changed.
 
     The second makes the model notice every finding: in a batch, the rest of a caption tells films
-    apart well enough. Equal label sets are all positives of one another. A linear reading of the
-    labels, thrown away afterwards, helps the vision half to start. Where a text encoder is there
+    apart well enough. Equal label sets are all positives of one another. Linear readings of the
+    labels, from the film and from each of its patches, are thrown away afterwards: without them a
+    transformer needs far more films to notice a wire. Where a text encoder is there
     already it is kept as it is, because a U-Net may have been trained on it.
     """
     from transformers import CLIPTextModel
@@ -315,7 +362,8 @@ def fit_clip(folder, work, films, labels, size, steps, batch_size=32):
         clip.text_model.load_state_dict({k: kept[k.removeprefix("text_model.")] for k in own})
         clip.text_model.requires_grad_(False)
     reader = torch.nn.Linear(clip.config.projection_dim, len(DRAWN))
-    both = torch.nn.ModuleDict({"clip": clip, "reader": reader})
+    finder = torch.nn.Linear(clip.config.vision_config.hidden_size, len(DRAWN))
+    both = torch.nn.ModuleDict({"clip": clip, "reader": reader, "finder": finder})
     truth = torch.tensor([[row[name] for name in DRAWN] for row in labels], dtype=torch.float32)
     codes = (truth @ (2.0 ** torch.arange(len(DRAWN)))).long()
 
@@ -329,7 +377,7 @@ def fit_clip(folder, work, films, labels, size, steps, batch_size=32):
             words.append(caption(labels[row], **style))
             other.append(caption(changed, **style))
         text = tokenizer(words + other, padding="max_length", max_length=77, return_tensors="pt")
-        shown = np.roll(films[rows], rng.integers(-6, 7, 2), (1, 2))
+        shown = films[rows]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = clip(**text, pixel_values=unit_to_sd(uint8_to_unit(shown)))
         logits = out.logits_per_image.float()  # (B, 2B): true captions, then changed ones
@@ -339,8 +387,11 @@ def fit_clip(folder, work, films, labels, size, steps, batch_size=32):
         pair = torch.stack([right.diagonal(), logits[:, batch_size:].diagonal()], dim=1)
         own = F.cross_entropy(pair, torch.zeros(batch_size, dtype=torch.long))
         read = F.binary_cross_entropy_with_logits(reader(8 * out.image_embeds.float()), truth[rows])
+        tokens = out.vision_model_output.last_hidden_state[:, 1:].float()  # (B, patches, D)
+        there = torch.from_numpy(patches[rows].reshape(batch_size, -1, len(DRAWN))).float()
+        find = F.binary_cross_entropy_with_logits(finder(tokens), there)
         contrast = (F.cross_entropy(right, target) + F.cross_entropy(right.T, target)) / 2
-        return 0.5 * contrast + 2 * own + 4 * read
+        return 0.5 * contrast + 2 * own + 4 * read + 8 * find
 
     trained = [parameter for parameter in both.parameters() if parameter.requires_grad]
     train(both, trained, loss_of, steps, 1e-3, work, "clip")
@@ -405,19 +456,18 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--num-films", type=int, default=8000)
+    parser.add_argument("--num-films", type=int, default=12000)
     parser.add_argument("--films", type=Path, help="folder of real films for the VAE")
-    parser.add_argument(
-        "--start", type=Path, help="base to go on from; its vae/ and unet/ are read"
-    )
+    parser.add_argument("--start", type=Path, help="base whose VAE to go on from")
     parser.add_argument("--vae-steps", type=int, default=1600)
+    parser.add_argument("--decoder-steps", type=int, default=2000)
     parser.add_argument("--clip-steps", type=int, default=2500)
-    parser.add_argument("--unet-steps", type=int, default=4500)
+    parser.add_argument("--unet-steps", type=int, default=5000)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     folder, work = args.out, args.out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    films, labels = phantom_films(work, args.num_films, args.size)
+    films, labels, patches = phantom_films(work, args.num_films, args.size)
     log.info("%d films of %d px", len(films), args.size)
     if not (folder / "vae").is_dir():
         mix = np.array(films[:3000])
@@ -428,8 +478,9 @@ def main(argv=None):
             )  # every fifth is kept for measuring
             mix = np.concatenate([mix, np.repeat(real, max(1, len(mix) // len(real)), axis=0)])
         fit_vae(folder, work, mix, args.vae_steps, args.start)
+        refine_decoder(folder, work, mix, args.decoder_steps)
     if not (folder / "clip").is_dir():
-        fit_clip(folder, work, films, labels, args.size, args.clip_steps)
+        fit_clip(folder, work, films, labels, patches, args.size, args.clip_steps)
     finish_folder(folder)
     if not (folder / "unet").is_dir():
         fit_unet(folder, work, films, labels, args.unet_steps)
