@@ -179,7 +179,6 @@ def test_a_whole_cohort_is_left_alone_and_a_lost_film_comes_back(folder):
         ({"num_patients": 0}, "patients is 0; it must be from 1"),
         ({"seed": -1}, "seed is -1; it must be 0 or more"),
         ({"workers": -1}, "workers is -1"),
-        ({"views": "all"}, "views is 'all'"),
         ({"mode": "random"}, "random"),
         ({"confounding": 0.3}, "0.3"),
         ({"confounding": 0.99}, "0.97"),

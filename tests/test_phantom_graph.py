@@ -415,12 +415,12 @@ def test_an_impossible_do_is_one_clear_line(do, says):
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({"confounding": 0.3}, "confounding is 0.3; P.device . effusion. must lie between 0.566"),
+        ({"confounding": 0.3}, "confounding is 0.3; P.device . effusion. must lie between 0.5658"),
         ({"confounding": 0.99}, "and 0.97"),
         ({"confounding": float("nan")}, "confounding is nan"),
         ({"mode": "both"}, "mode is 'both'; it must be confounded or treatment"),
-        ({"seed": -1}, "seed -1, number 1, study 1: seed and number must be 0 or more"),
-        ({"study": 0}, "study 1 or more"),
+        ({"seed": -1}, "seed -1, number 1, study 1: seed and number must be whole and 0 or more"),
+        ({"study": 0}, "study from 1"),
     ],
 )
 def test_a_patient_that_cannot_be_drawn_is_refused(asked, says):

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from multiprocessing import get_context, parent_process
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,9 @@ from prism_nb.files import TEMPORARY, atomic_path, read_json, write_json
 from prism_nb.findings import FINDINGS
 from prism_nb.images import save_png
 from prism_nb.phantom.graph import DEVICE_KINDS, SEVERITIES, intervene, sample_patient
-from prism_nb.phantom.renderer import MIN_SIZE, VERSION, render
+from prism_nb.phantom.renderer import MAX_SIZE, MIN_SIZE, VERSION, render
 
 SIDECAR, FACTORS, LABELS = "phantom.json", "phantom.parquet", "train.csv"
-MAX_SIZE = 4096
 NEW_PATIENTS = 5_000_000  # no cohort has so many
 ENOUGH = 16  # films that are worth starting a process for
 SYNTHETIC = "SYNTHETIC chest film, the phantom of prism_nb"
@@ -82,7 +82,6 @@ def write_cohort(
     confounding=0.75,
     mode="confounded",
     uncertain=False,
-    views="frontal",
     workers=0,
     progress=False,
     replace=False,
@@ -99,7 +98,7 @@ def write_cohort(
     folder = Path(folder)
     recipe = {"seed": seed, "patients": num_patients, "size": size, "confounding": confounding}
     recipe |= {"mode": mode, "uncertain": bool(uncertain), "version": VERSION}
-    _check(recipe, views, workers)
+    _check(recipe, workers)
     _claim(folder, recipe, replace)
     missing = sum(not _is_there(folder, number) for number in range(1, num_patients + 1))
     if missing or not (folder / LABELS).is_file():
@@ -107,13 +106,11 @@ def write_cohort(
     return folder / LABELS
 
 
-def _check(recipe, views, workers):
-    if views != "frontal":
-        raise ValueError(f"views is {views!r}; the phantom has frontal films only")
+def _check(recipe, workers):
     if workers is not None and workers < 0:
         raise ValueError(f"workers is {workers}; it must be 0 (this process) or more")
     for name, low, high in (("patients", 1, NEW_PATIENTS - 1), ("size", MIN_SIZE, MAX_SIZE)):
-        if not low <= recipe[name] <= high:
+        if not isinstance(recipe[name], Integral) or not low <= recipe[name] <= high:
             raise ValueError(f"{name} is {recipe[name]}; it must be from {low} to {high:,}")
     if recipe["seed"] < 0:
         raise ValueError(f"seed is {recipe['seed']}; it must be 0 or more")
@@ -341,14 +338,15 @@ def _patient(recipe, number, study=1):
     return sample_patient(recipe["seed"], number, study, recipe["confounding"], recipe["mode"])
 
 
-def true_counterfactual(folder, film_id, do, size=None, effect="direct"):
+def true_counterfactual(folder, film_id, do, size=None, effect="direct", **options):
     """The true counterfactual of a cohort's film under `do`, (H, W) uint8, and its change mask.
 
     size: pixels a side, the cohort's own if not given; at another the film is resized as
-    `load_film` resizes the one on disk, so that both compare. `do` and `effect` as in `render`.
+    `load_film` resizes the one on disk, so that both compare. `do`, `effect` and options: as in
+    `render`.
     """
     patient, recipe = patient_of(folder, film_id), _read_recipe(folder)
-    films = (render(patient, recipe["size"], each, effect).image for each in (None, do))
+    films = (render(patient, recipe["size"], each, effect, **options).image for each in (None, do))
     factual, other = (_resized(film, size) for film in films)
     return other, factual != other
 

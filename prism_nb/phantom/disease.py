@@ -12,8 +12,9 @@ import numpy as np
 
 from prism_nb.phantom.anatomy import MU_SOFT, RIB_BACK, SIDES, rib_path, wall_x
 from prism_nb.phantom.draw import curve, smooth, stroke, texture
+from prism_nb.phantom.graph import VISIBLE_ML
 
-FLUID_ML = (0, 175, 200, 500, 1000, 2000, 2500)  # volume and height over the angle's floor:
+FLUID_ML = (0, VISIBLE_ML, 200, 500, 1000, 2000, 2500)  # volume and height over the angle's floor:
 FLUID_CM = (0, 0, 1.9, 6.0, 9.6, 17.0, 20.5)  # 200 ml blunt it, 500 hide the dome, 2,000 fill 2/3
 SHIFT_ML, SHIFT_CM = (1200, 2500), (0.0, 1.6)  # a large effusion pushes the heart away
 
@@ -25,6 +26,7 @@ class Layer:
     water: np.ndarray | None = None
     extra: np.ndarray | None = None
     clear: np.ndarray | None = None
+    outside: bool = False  # it reaches beyond the lungs: a rib does
 
     @property
     def mask(self):
@@ -192,7 +194,7 @@ def fracture(patient, g, b, step):
     """A displaced posterolateral rib: its two ends no longer meet."""
     rng, out = patient.draw("fracture place"), g.empty()
     path = rib_path(b, SIDES[rng.integers(2)], int(rng.integers(3, 8)))
-    at = int(rng.integers(8, 14))
+    at = int(rng.integers(5, 9))  # at the back, where the rib is drawn at full strength
     old = 1 - 0.004 * (b.age - 60)
     piece = path[at - 4 : at + 5]
     stroke(out, g, piece, 0.56, -RIB_BACK * old, "bone")
@@ -213,7 +215,7 @@ def fracture(patient, g, b, step):
         1.1 * RIB_BACK * old,
         "bone",
     )
-    return Layer(extra=out)
+    return Layer(extra=out, outside=True)
 
 
 LAYERS = {

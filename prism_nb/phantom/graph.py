@@ -8,9 +8,11 @@ by a hidden cause, so that do(effusion) touches no device (the paper's spurious 
 `treatment`, a chest tube that drains it. So do pacemaker and cardiomegaly.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import accumulate, pairwise
+from numbers import Integral, Real
 from typing import NamedTuple
 from zlib import crc32
 
@@ -59,6 +61,7 @@ class Severity(NamedTuple):
     drawn: tuple
 
 
+VISIBLE_ML = 175  # less fluid than this blunts no angle: it is there, and not seen
 ENLARGED = 0.50  # a heart wider than this share of the inner thorax is Cardiomegaly
 SEVERITIES = {  # what is drawn is never so mild that a present finding could not be seen (ours)
     "effusion_ml": Severity("Pleural Effusion", 0, 2500, "ml", (200, 450, 0.8)),  # + lognormal
@@ -159,9 +162,9 @@ def mechanism(normals, confounding=0.75, mode="confounded", do=None):
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; it must be {' or '.join(MODES)}")
-    if not LEAST <= confounding <= MOST:
+    if not isinstance(confounding, Real) or not LEAST <= confounding <= MOST:
         raise ValueError(
-            f"confounding is {confounding}; P(device | effusion) must lie between {LEAST:.3f} "
+            f"confounding is {confounding!r}; P(device | effusion) must lie between {LEAST:.4f} "
             f"(no link) and {MOST}, or the prevalences would change"
         )
     dial, *curves = LINKS.values()
@@ -250,9 +253,10 @@ def sample_patient(seed, number, study=1, confounding=0.75, mode="confounded"):
     are devices; findings, their severities and lines are new.
     Raises ValueError for a number out of its range.
     """
-    if min(seed, number, study - 1) < 0:
+    whole = all(isinstance(n, Integral) for n in (seed, number, study))
+    if not whole or min(seed, number, study - 1) < 0:
         given = f"seed {seed}, number {number}, study {study}"
-        raise ValueError(f"{given}: seed and number must be 0 or more, study 1 or more")
+        raise ValueError(f"{given}: seed and number must be whole and 0 or more, study from 1")
     normals = exogenous(seed, number, study)
     labels, place, ready = mechanism(normals, confounding, mode)
     ap, lying = (
@@ -292,13 +296,15 @@ def intervene(patient, do=None, effect="direct"):
     """The patient's world under `do`, a dict of labels, severities and devices to set.
 
     A label or device is 0 or 1; a severity is a number in its range (SEVERITIES), and its label is
-    1 if it is above 0 (heart_ratio: ENLARGED). "Support Devices" is any device; a device comes and
-    goes with its parts. effect: "direct" holds all that is not set but No Finding; "total" lets
-    what follows in the graph change too, with the same draws.
+    1 if it is above 0 (heart_ratio: ENLARGED, effusion_ml: VISIBLE_ML). "Support Devices" is any
+    device; a device comes and goes with its parts. effect: "direct" holds all that is not set but
+    No Finding; "total" lets what follows in the graph change too, with the same draws.
     Raises ValueError for a name or value that cannot be set, and for a contradiction.
     """
     if effect not in ("direct", "total"):
         raise ValueError(f"effect is {effect!r}; it must be direct or total")
+    if not isinstance(do or {}, Mapping):
+        raise ValueError(f"do is {do!r}; a dict of names and values is needed")
     binary, dials = _read(do or {})
     held = {name: value for name, value in binary.items() if name in GRAPH}
     labels, kinds = {**patient.labels, **held}, patient.kinds
@@ -336,7 +342,7 @@ def _read(do):
             binary[name] = int(value)
     for name, value in dials.items():
         label = SEVERITIES[name].label
-        present = int(value > (ENLARGED if label == HEART else 0))
+        present = int(value > {HEART: ENLARGED, EFFUSION: VISIBLE_ML}.get(label, 0))
         if binary.setdefault(label, present) != present:
             raise ValueError(
                 f"{name} {value:g} makes {label} {present}, which is set to {1 - present}: "

@@ -10,6 +10,7 @@ a fixed order, float32, no FFT.
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,16 +19,16 @@ from scipy.ndimage import gaussian_filter
 from prism_nb.findings import FINDINGS
 from prism_nb.phantom import anatomy, disease
 from prism_nb.phantom.devices import draw_devices
-from prism_nb.phantom.draw import FIELD_CM, grid
+from prism_nb.phantom.draw import FIELD_CM, grid, smooth
 from prism_nb.phantom.graph import SEVERITIES, intervene
 
 VERSION = 2  # of what a patient's film looks like: a cohort on disk names it
-MIN_SIZE = 64
+MIN_SIZE, MAX_SIZE = 64, 4096
 SCATTER, SCATTER_CM = {"PA": 0.22, "AP": 0.36}, 2.6  # scatter after the grid / blurred primary
 PHOTONS = 40_000.0  # of a square millimetre in air
 SHADOW = 0.7  # a device also stops this share (of its attenuation) of the scatter behind it
 SCATTER_STEP_CM = 0.64  # scatter is smooth: it is computed on squares of this side
-CACHED = 3  # patients whose exogenous fields are kept
+CACHED, KEPT = 3, 24  # patients whose exogenous fields are kept, and layers of each
 
 DRAWN = tuple(label for label in FINDINGS if label != "No Finding")  # what films show
 
@@ -64,6 +65,9 @@ class _Base:
         key = (name, value)
         if key not in self.drawn:
             self.drawn[key] = make()
+            old = [k for k in self.drawn if k[0] != "scatter"]
+            if len(old) > KEPT:  # a sweep over a dial would fill the memory
+                del self.drawn[old[0]]
         return self.drawn[key]
 
 
@@ -73,10 +77,11 @@ def render(patient, size=512, do=None, effect="direct", full_scatter=False, shif
     `do` maps labels, severities and devices to values (graph.intervene says which), `effect` is
     "direct" or "total". With `full_scatter` the scatter follows the disease too: more physical,
     but then an edit changes pixels all over the film. `shift=False` keeps a large effusion from
-    pushing the heart. Raises ValueError for an impossible `do` and for a size below 64.
+    pushing the heart. Raises ValueError for an impossible `do` and a size not within 64 to 4096.
     """
-    if size < MIN_SIZE:
-        raise ValueError(f"size is {size}; a film needs at least {MIN_SIZE} pixels a side")
+    if not isinstance(size, Integral) or not MIN_SIZE <= size <= MAX_SIZE:
+        needed = f"a whole number of pixels a side from {MIN_SIZE} to {MAX_SIZE:,}"
+        raise ValueError(f"size is {size!r}; it must be {needed}")
     world = intervene(patient, do, effect)
     base = _base(patient, size)
     attenuation, metal, masks = _attenuation(base, world, shift)
@@ -84,13 +89,17 @@ def render(patient, size=512, do=None, effect="direct", full_scatter=False, shif
     scatter = _scatter(base, attenuation) if full_scatter else healthy
     if metal is not None:
         attenuation, scatter = attenuation + metal, scatter * np.exp(-SHADOW * metal)
+    masks = {name: mask.copy() for name, mask in masks.items()}  # the cache keeps its own
     return Film(_develop(base, attenuation, scatter), world.labels, masks)
 
 
-def counterfactual(patient, do, size=512, effect="direct"):
-    """The true counterfactual under `do`, a Film, and the mask of the pixels that it changes."""
-    other = render(patient, size, do, effect)
-    return other, render(patient, size).image != other.image
+def counterfactual(patient, do, size=512, effect="direct", **options):
+    """The true counterfactual under `do`, a Film, and the mask of the pixels that it changes.
+
+    options: `full_scatter` and `shift`, as in `render`; they hold for both films.
+    """
+    other = render(patient, size, do, effect, **options)
+    return other, render(patient, size, **options).image != other.image
 
 
 def _base(patient, size):
@@ -155,6 +164,7 @@ def _attenuation(base, world, shift):
     ratio, wider = severity["heart_ratio"], severity["mediastinum_cm"]
     plain = _extent(base, {})
     extent = _extent(base, lift) if lift else plain
+    within = (plain > 0) | (extent > 0)
     heart, heart_mask = base.once(
         "heart", (ratio, pushed), lambda: anatomy.heart(g, b, ratio, pushed)
     )
@@ -168,15 +178,15 @@ def _attenuation(base, world, shift):
         layer = base.once(
             name, severity[name], lambda n=name, d=draw: d(patient, g, b, severity[n])
         )
-        masks[SEVERITIES[name].label] = layer.mask
+        masks[SEVERITIES[name].label] = layer.mask if layer.outside else layer.mask & within
         if layer.water is not None:
             kept *= 1 - layer.water
         if layer.extra is not None:
-            inside = layer.extra if name == "fracture_cm" else layer.extra * base.lungs
+            inside = layer.extra if layer.outside else layer.extra * base.lungs
             extra = inside if extra is None else extra + inside
         clear = layer.clear if layer.clear is not None else clear
     if lift:
-        masks["Atelectasis"] = masks["Atelectasis"] | (extent != plain)
+        masks["Atelectasis"] |= extent != plain
     aerated = kept * np.float32(anatomy.AERATED)
     blood = base.vessels * kept
     if clear is not None:
@@ -193,7 +203,11 @@ def _attenuation(base, world, shift):
     none = np.zeros_like(base.lungs)
     masks["devices"] = np.logical_or.reduce([masks[k] for k in devices]) if devices else none
     masks |= {"lungs": base.lungs, "heart": heart_mask, "mediastinum": middle > 0.3}
-    masks["fluid"] = masks.get("Pleural Effusion", none) & base.lungs
+    masks["fluid"] = masks.get("Pleural Effusion", none)
+    if world.labels["Cardiomegaly"]:
+        masks["Cardiomegaly"] = heart > 0
+    if wider:
+        masks["Enlarged Cardiomediastinum"] = middle > 0
     return attenuation, metal, masks
 
 
@@ -244,7 +258,7 @@ def _collimation(rng, g):
     inside = np.minimum(
         np.minimum(u + edges[0], edges[1] - u), np.minimum(v + edges[2], edges[3] - v)
     )
-    return anatomy.smooth(inside, 2 * g.pitch)
+    return smooth(inside, 2 * g.pitch)
 
 
 def _text(patient, size):
