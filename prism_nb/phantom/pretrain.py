@@ -398,6 +398,26 @@ def fit_clip(folder, work, films, labels, patches, size, steps, batch_size=32):
     save_clip(clip, folder, size)
 
 
+@torch.no_grad()
+def spread_text(folder, captions):
+    """Centre and scale the text encoder's output over `captions`; its last layer norm absorbs it.
+
+    Contrastive training leaves most of the output common to all words, and a U-Net then learns for
+    long before it can tell "pleural effusion" from nothing. CLIP's own text half is left as it was.
+    """
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text = tokenizer(captions, padding=True, return_tensors="pt")
+    words = encoder(**text)[0][text.attention_mask.bool()]  # (tokens, D)
+    mean, scale = words.mean(0), 1 / words.std(0).clamp(min=0.02)
+    norm = next(part for name, part in encoder.named_modules() if name.endswith("final_layer_norm"))
+    norm.weight.mul_(scale)
+    norm.bias.sub_(mean).mul_(scale)
+    encoder.save_pretrained(folder / "text_encoder")
+
+
 def fit_unet(folder, work, films, labels, steps, batch_size=16):
     """Noise prediction (Algorithm 1) on cached latents, 10 % empty captions, EMA kept."""
     from diffusers import AutoencoderKL, DDIMScheduler
@@ -481,6 +501,8 @@ def main(argv=None):
         refine_decoder(folder, work, mix, args.decoder_steps)
     if not (folder / "clip").is_dir():
         fit_clip(folder, work, films, labels, patches, args.size, args.clip_steps)
+        rng = np.random.default_rng(17)
+        spread_text(folder, sorted({caption(row, **_style(rng)) for row in labels[:600]}))
     finish_folder(folder)
     if not (folder / "unet").is_dir():
         fit_unet(folder, work, films, labels, args.unet_steps)
