@@ -52,6 +52,11 @@ class Body:
     arm: float
     vertebra: float
 
+    @property
+    def bone(self):
+        """Strength of the bones, 1 at 60 years: they thin with age."""
+        return 1 - 0.004 * (self.age - 60)
+
 
 def body(patient):
     """The patient's numbers, drawn from the patient's and the study's own streams."""
@@ -154,11 +159,11 @@ def lung(g, b, side, raised=0.0):
     return extent.astype(np.float32), (inside * above > 0.5)
 
 
-def heart_outline(b, ratio, raised=0.0):
+def heart_outline(b, ratio):
     """The heart's box for a ratio: left_x, right_x, top_y, bottom_y; a third lies to the right."""
     width = ratio * 2 * b.half * b.magnify
     middle = b.midline * 0.6
-    top = b.carina[1] + 3.6 - 7.0 * (ratio - 0.45) - raised
+    top = b.carina[1] + 3.6 - 7.0 * (ratio - 0.45)
     return middle + width * 2 / 3, middle - width / 3, top, b.dome[1] + 1.2
 
 
@@ -239,42 +244,46 @@ def clavicle_path(b, side):
 def bones(g, b):
     """Attenuation of ribs, clavicles, scapulae, humeri and spine above that of soft tissue."""
     out = g.empty()
-    old = 1 - 0.004 * (b.age - 60)  # bone thins with age
     for side in SIDES:
         for n in range(RIBS):
             path = rib_path(b, side, n)
             width = 0.56 if n else 0.48
-            back = RIB_BACK * old * (1 if n < 9 else 0.6)
+            back = RIB_BACK * b.bone * (1 if n < 9 else 0.6)
             stroke(out, g, path[: RIB_TURN + 1], width, back, "bone")
             if n < 8:
-                stroke(out, g, path[RIB_TURN : RIB_TURN + 8], width, RIB_FRONT * old, "bone")
-                stroke(out, g, path[RIB_TURN + 7 :], width + 0.06, 0.5 * RIB_FRONT * old, "bone")
-        stroke(out, g, clavicle_path(b, side), 0.62, 0.36 * old, "bone")
-        _shoulder(out, g, b, side, old)
-    out += _spine(g, b) * old
+                stroke(out, g, path[RIB_TURN : RIB_TURN + 8], width, RIB_FRONT * b.bone, "bone")
+                stroke(out, g, path[RIB_TURN + 7 :], width + 0.06, 0.5 * RIB_FRONT * b.bone, "bone")
+        stroke(out, g, clavicle_path(b, side), 0.62, 0.36 * b.bone, "bone")
+        _shoulder(out, g, b, side)
+    out += _spine(g, b) * b.bone
     return out
 
 
-def _shoulder(out, g, b, side, old):
+def _shoulder(out, g, b, side):
     x, y, m = 16.4 + 0.25 * b.turned_out, b.clavicle + 1.4, b.midline * 0.5
 
     def at(points):
         return np.array([(m + side * px, py) for px, py in points])
 
-    disc(out, g, (m + side * (x + 1.3), y + 0.9), 2.3, 0.5 * old, 0.5)
+    disc(out, g, (m + side * (x + 1.3), y + 0.9), 2.3, 0.5 * b.bone, 0.5)
     swing = 3.5 * b.arm
     stroke(
-        out, g, at([(x + 1.6, y + 1.6), (x + 2.4 + swing, y + 12)]), [1.6, 1.1], 0.55 * old, "bone"
+        out,
+        g,
+        at([(x + 1.6, y + 1.6), (x + 2.4 + swing, y + 12)]),
+        [1.6, 1.1],
+        0.55 * b.bone,
+        "bone",
     )
-    stroke(out, g, at([(x - 3.2, y - 1.4), (x + 1.6, y - 1.7)]), 0.65, 0.26 * old, "bone")
+    stroke(out, g, at([(x - 3.2, y - 1.4), (x + 1.6, y - 1.7)]), 0.65, 0.26 * b.bone, "bone")
     edge = 11.6 + b.turned_out
     medial = curve(at([(edge - 0.8, y - 0.8), (edge - 0.4, y + 4), (edge + 1.6, y + 10.5)]), 5)
     lateral = curve(at([(x - 0.8, y + 1.4), (edge + 2.6, y + 6), (edge + 1.6, y + 10.5)]), 5)
-    stroke(out, g, medial, 0.30, 0.16 * old)
-    stroke(out, g, lateral, 0.50, 0.30 * old)
-    blade = np.array([(medial + lateral) / 2])[0]
-    stroke(out, g, blade, np.linalg.norm(medial - lateral, axis=1) / 2 + 0.1, 0.11 * old, "flat")
-    disc(out, g, (m + side * (x - 2.6), y + 0.1), 0.8, 0.2 * old, 0.4)
+    stroke(out, g, medial, 0.30, 0.16 * b.bone)
+    stroke(out, g, lateral, 0.50, 0.30 * b.bone)
+    blade = (medial + lateral) / 2
+    stroke(out, g, blade, np.linalg.norm(medial - lateral, axis=1) / 2 + 0.1, 0.11 * b.bone, "flat")
+    disc(out, g, (m + side * (x - 2.6), y + 0.1), 0.8, 0.2 * b.bone, 0.4)
 
 
 def _spine(g, b):

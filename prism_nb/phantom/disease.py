@@ -195,26 +195,11 @@ def fracture(patient, g, b, step):
     rng, out = patient.draw("fracture place"), g.empty()
     path = rib_path(b, SIDES[rng.integers(2)], int(rng.integers(3, 8)))
     at = int(rng.integers(5, 9))  # at the back, where the rib is drawn at full strength
-    old = 1 - 0.004 * (b.age - 60)
-    piece = path[at - 4 : at + 5]
-    stroke(out, g, piece, 0.56, -RIB_BACK * old, "bone")
-    offset = np.array([0.0, step / 2])
-    stroke(
-        out,
-        g,
-        piece[:5] - offset * np.linspace(0, 1, 5)[:, None],
-        0.56,
-        1.1 * RIB_BACK * old,
-        "bone",
-    )
-    stroke(
-        out,
-        g,
-        piece[4:] + offset * np.linspace(1, 0, 5)[:, None],
-        0.56,
-        1.1 * RIB_BACK * old,
-        "bone",
-    )
+    piece, strong = path[at - 4 : at + 5], RIB_BACK * b.bone
+    stroke(out, g, piece, 0.56, -strong, "bone")
+    offset, ends = np.array([0.0, step / 2]), np.linspace(0, 1, 5)[:, None]
+    for end in (piece[:5] - offset * ends, piece[4:] + offset * ends[::-1]):
+        stroke(out, g, end, 0.56, 1.1 * strong, "bone")
     return Layer(extra=out, outside=True)
 
 

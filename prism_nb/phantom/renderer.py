@@ -71,13 +71,14 @@ class _Base:
         return self.drawn[key]
 
 
-def render(patient, size=512, do=None, effect="direct", full_scatter=False, shift=True):
+def render(patient, size=512, do=None, effect="direct", full_scatter=False, shift=True, noise=True):
     """Render the patient's film, as it is or under an intervention `do`.
 
     `do` maps labels, severities and devices to values (graph.intervene says which), `effect` is
     "direct" or "total". With `full_scatter` the scatter follows the disease too: more physical,
     but then an edit changes pixels all over the film. `shift=False` keeps a large effusion from
-    pushing the heart. Raises ValueError for an impossible `do` and a size not within 64 to 4096.
+    pushing the heart; `noise=False` leaves out the detector's noise. Raises ValueError for an
+    impossible `do` and a size not within 64 to 4096.
     """
     if not isinstance(size, Integral) or not MIN_SIZE <= size <= MAX_SIZE:
         needed = f"a whole number of pixels a side from {MIN_SIZE} to {MAX_SIZE:,}"
@@ -90,13 +91,13 @@ def render(patient, size=512, do=None, effect="direct", full_scatter=False, shif
     if metal is not None:
         attenuation, scatter = attenuation + metal, scatter * np.exp(-SHADOW * metal)
     masks = {name: mask.copy() for name, mask in masks.items()}  # the cache keeps its own
-    return Film(_develop(base, attenuation, scatter), world.labels, masks)
+    return Film(_develop(base, attenuation, scatter, noise), world.labels, masks)
 
 
 def counterfactual(patient, do, size=512, effect="direct", **options):
     """The true counterfactual under `do`, a Film, and the mask of the pixels that it changes.
 
-    options: `full_scatter` and `shift`, as in `render`; they hold for both films.
+    options: `full_scatter`, `shift` and `noise`, as in `render`; they hold for both films.
     """
     other = render(patient, size, do, effect, **options)
     return other, render(patient, size, **options).image != other.image
@@ -231,11 +232,12 @@ def _scatter(base, attenuation):
     return np.float32(SCATTER[base.patient.view]) * np.asarray(wide)
 
 
-def _develop(base, attenuation, scatter):
+def _develop(base, attenuation, scatter, noise):
     """Line integrals -> 8 bits; pointwise, so that an edit stays where it is."""
     intensity = np.exp(-np.maximum(attenuation, 0))
     intensity += scatter
-    intensity += np.sqrt(intensity) * base.noise
+    if noise:
+        intensity += np.sqrt(intensity) * base.noise
     low, high, gamma = base.table
     shown = -np.log(np.maximum(intensity, 1e-4))
     shown -= np.float32(low)
