@@ -11,8 +11,6 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # read when NumPy is imported
 
 import argparse
-import platform
-import resource
 import sys
 import tempfile
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.paired import machine, peak_memory, spread
 from prism_nb.phantom import counterfactual, render, sample_patient, write_cohort
 
 SIZE, COHORT_SIZE, COHORT_FILMS, PROCESSES = 512, 256, 2000, 2
@@ -72,28 +71,6 @@ def extrapolated(small=20, large=160):
     """Seconds for COHORT_FILMS from two smaller cohorts: the start of the processes counts once."""
     one, other = cohort(small), cohort(large)
     return one + (other - one) * (COHORT_FILMS - small) / (large - small)
-
-
-def peak_memory():
-    """The most memory, in GiB, that this process or one of its workers held."""
-    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
-    return max(resource.getrusage(each).ru_maxrss for each in who) * unit / 2**30
-
-
-def machine():
-    """In one line, what this was measured on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    model = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = model[0] if model else platform.processor() or platform.machine()
-    versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}, {versions}"
-
-
-def spread(values):
-    """A median and a range in words."""
-    return f"{np.median(values):.0f} ({min(values):.0f} to {max(values):.0f}), n = {len(values)}"
 
 
 def main():
