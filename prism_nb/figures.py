@@ -133,6 +133,17 @@ def plot_losses(losses, validation=None, ax=None):
     return ax
 
 
+def plot_levels(levels, losses, ax=None):
+    """Validation loss by timestep, on log scales: `losses` = {name: (films, levels)}."""
+    ax = ax or plt.subplots(figsize=(7, 3.4))[1]
+    for name, loss in losses.items():
+        ax.plot(levels, loss.mean(axis=0), "o-", label=name)
+    ax.set(xlabel="timestep", ylabel="noise-prediction error (MSE)", yscale="log")
+    ax.set_title("Validation films by timestep")
+    ax.legend()
+    return ax
+
+
 def plot_pairs(rows, headers, titles=None, size=1.9):
     """Rows of films under common headers: `rows` is a list of lists of (H, W) films."""
     _, axes = plt.subplots(

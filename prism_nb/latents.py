@@ -1,91 +1,243 @@
 """Every film and every caption of a cohort, encoded once: training never touches VAE or CLIP again.
 
 The VAE's posterior is kept as mean and standard deviation, so that each step can draw its own
-sample, as Algorithm 1's `vae.encode` does. Equal captions share one row of text embeddings.
-Shapes: mean, std (N, C, h, w), already scaled; text (U, L, D); caption_index (N,). Used by
-notebook 02.
+sample, as Algorithm 1's `vae.encode` does. Equal captions share one row of text embeddings. The
+folder holds shards of SHARD films, 000000.safetensors and so on, text.safetensors and, written
+last, index.json; each names the key of all that it was made from, so that a killed encoding goes
+on where it stopped, and none is ever used for other films, settings or weights. Shapes: mean, std
+(N, C, h, w), already scaled; text (U, L, D); caption_index (N,). Used by notebook 02.
 """
 
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from prism_nb.diffusion import embed_captions
+from prism_nb.diffusion import embed_captions, posterior, weights_hash
 from prism_nb.files import atomic_path, read_json, write_json
-from prism_nb.images import load_films, uint8_to_unit, unit_to_sd
+from prism_nb.images import ImageError, load_films, uint8_to_unit
 
-CHUNK = 256  # films decoded at a time: memory stays flat however large the cohort
+SHARD = 1024  # films a file: what a killed encoding loses at most
+PREPROCESSING = 1  # raise it when images.load_films gives other pixels for the same file
+# Error of a stored row, relative to a fresh one: beyond rounding, below any change that matters.
+TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.05}  # by what the VAE computes in
+
+
+class LatentError(ValueError):
+    """Latents are missing, damaged or of other films; the message says what to do."""
 
 
 @dataclass
 class Latents:
-    """A cohort in latent space, row by row in the order of `film_ids`."""
+    """A cohort in latent space, row by row in the order of `film_ids`, memory-mapped."""
 
     film_ids: list
-    mean: torch.Tensor
-    std: torch.Tensor
-    text: torch.Tensor
+    captions: list  # different ones only; the last is the empty one, which dropout uses
     caption_index: np.ndarray
-    captions: list
+    text: torch.Tensor
+    key: str  # of all that the latents were made from
+    shards: list  # of (mean, std), tensors of shard_size rows each
+    shard_size: int
+
+    def __len__(self):
+        return len(self.film_ids)
+
+    @property
+    def shape(self):
+        """Shape (N, C, h, w) of all means together."""
+        return (len(self), *self.shards[0][0].shape[1:])
+
+    def spread(self, num_films=1024):
+        """Standard deviation of the means of some films: near 1 where the VAE's scale is right."""
+        rows = np.linspace(0, len(self) - 1, min(num_films, len(self))).astype(int)
+        return float(self.gather(rows)[0].std())
 
     def rows(self, film_ids):
         """Row numbers of some films."""
-        place = {film: i for i, film in enumerate(self.film_ids)}
-        return np.array([place[film] for film in film_ids])
+        place = {film: row for row, film in enumerate(self.film_ids)}
+        unknown = [film for film in film_ids if film not in place]
+        if unknown:
+            raise LatentError(
+                f"film {unknown[0]} ({len(unknown)} in all) has no latents: it is not of the "
+                "cohort that was encoded; run 02_finetune again"
+            )
+        return np.array([place[film] for film in film_ids], dtype=np.int64)
 
-    def sample(self, rows, generator):
-        """Latents z0 (B, C, h, w) drawn from the posterior of some rows."""
-        noise = torch.randn(self.mean[rows].shape, generator=generator)
-        return self.mean[rows] + self.std[rows] * noise
+    def gather(self, rows):
+        """Posterior mean and std, each float32 (B, C, h, w), of some rows."""
+        rows = np.asarray(rows)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise LatentError(f"rows {rows.min()} to {rows.max()} of {len(self)} were asked for")
+        mean, std = torch.empty((2, len(rows), *self.shape[1:]))
+        for place, row in enumerate(rows.tolist()):  # small copies: no thread has to be woken
+            shard, at = divmod(row, self.shard_size)
+            mean[place].copy_(self.shards[shard][0][at])
+            std[place].copy_(self.shards[shard][1][at])
+        return mean, std
 
     def cond(self, rows):
         """Caption embeddings (B, L, D) of some rows."""
         return self.text[self.caption_index[rows]]
 
 
-def encode_cohort(model, table, image_root, size, fit, folder, batch_size=16):
-    """Encode a cohort's films and captions into `folder` and return the Latents."""
-    paths, film_ids = [image_root / p for p in table["path"]], list(table["film_id"])
-    means, stds = [], []
-    for start in range(0, len(paths), CHUNK):
-        films = uint8_to_unit(load_films(paths[start : start + CHUNK], size, fit))
-        for first in range(0, len(films), batch_size):
-            mean, std = _posterior(model, films[first : first + batch_size])
-            means.append(mean)
-            stds.append(std)
-    captions, index = np.unique(table["caption"].to_numpy(dtype=str), return_inverse=True)
-    captions = [*captions.tolist(), ""]  # the empty caption comes last: it is what dropout uses
-    tensors = {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
-    tensors["text"] = torch.cat([embed_captions(model, [c]).cpu() for c in captions])
-    tensors["caption_index"] = torch.from_numpy(index.astype(np.int64))
+def encode_cohort(
+    model,
+    table,
+    image_root,
+    size,
+    fit,
+    folder,
+    batch_size=16,
+    progress=None,
+    dtype=torch.float16,
+    num_verified=64,
+):
+    """Encode a cohort's films and captions into `folder`, keeping what is there, and return them.
+
+    progress: called with the number of films done since the last call, as tqdm's update is. dtype:
+    of the stored films, float16 or float32. Raises LatentError, which names the file, for a film
+    that cannot be read, and where num_verified rows taken at random differ from a fresh encode.
+    """
+    folder, progress = Path(folder), progress or (lambda done: None)
+    if not len(table) or (table["caption"].fillna("") == "").any():
+        raise LatentError("no film, or one without caption, to encode: run 01_caption again")
+    paths = [Path(image_root) / path for path in table["path"]]
+    index = _plan(model, table, size, fit, dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / "latents.safetensors") as temporary:
-        save_file(tensors, temporary)
-    write_json(
-        folder / "latents.json",
-        {"film_ids": film_ids, "captions": captions, "size": size, "fit": fit},
-    )
-    return load_latents(folder)
+    (folder / "index.json").unlink(missing_ok=True)  # with it, the folder counts as finished
+    for number, key in enumerate(index["shards"]):
+        part, path = paths[number * SHARD : (number + 1) * SHARD], _shard(folder, number)
+        if _open(path, key):
+            progress(len(part))
+            continue
+        mean, std = _encode(model, part, size, fit, batch_size, dtype, progress)
+        _write(path, {"mean": mean, "std": std}, key)
+    if not _open(folder / "text.safetensors", index["text"]):
+        text = embed_captions(model, index["captions"]).cpu()
+        _write(folder / "text.safetensors", {"text": text}, index["text"])
+    for path in folder.glob("[0-9]" * 6 + ".safetensors"):
+        if int(path.stem) >= len(index["shards"]):  # left behind by a larger cohort
+            path.unlink()
+    write_json(folder / "index.json", index)
+    latents = load_latents(folder)
+    if num_verified:
+        verify(model, latents, paths, size, fit, folder, batch_size, num_verified)
+    return latents
 
 
-@torch.no_grad()
-def _posterior(model, films):
-    scale = model.vae.config.scaling_factor
-    posterior = model.vae.encode(unit_to_sd(films).to(model.device)).latent_dist
-    return (posterior.mean * scale).float().cpu(), (posterior.std * scale).float().cpu()
+def _plan(model, table, size, fit, dtype):
+    """What index.json says: films, captions, and the keys that their files must bear."""
+    captions, caption_index = np.unique(table["caption"].to_numpy(dtype=str), return_inverse=True)
+    captions, films = [*captions.tolist(), ""], table["film_id"].tolist()
+    about = {
+        "vae": weights_hash(model.vae),
+        "scaling_factor": model.vae.config.scaling_factor,
+        "size": size,
+        "fit": fit,
+        "preprocessing": PREPROCESSING,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    shards = [_key(about, films[k : k + SHARD]) for k in range(0, len(films), SHARD)]
+    tokenizer = [sorted(model.tokenizer.get_vocab().items()), model.tokenizer.model_max_length]
+    text = _key(weights_hash(model.text_encoder), tokenizer, captions)
+    return {
+        "film_ids": films,
+        "captions": captions,
+        "caption_index": caption_index.tolist(),
+        "settings": about,
+        "shard_size": SHARD,
+        "shards": shards,
+        "text": text,
+        "key": _key(shards, text, caption_index.tolist()),
+    }
+
+
+def _key(*parts):
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _encode(model, paths, size, fit, batch_size, dtype, progress):
+    """Mean and std, each (B, C, h, w) on the CPU, of some films; the next are read meanwhile."""
+    parts = [paths[k : k + batch_size] for k in range(0, len(paths), batch_size)]
+    means, stds = [], []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
+        try:
+            for films in readers.map(lambda part: load_films(part, size, fit), parts):
+                mean, std = posterior(model, uint8_to_unit(films))
+                means.append(mean.cpu().to(dtype))
+                stds.append(std.cpu().to(dtype))
+                progress(len(films))
+        except ImageError as error:
+            raise LatentError(f"{error} Run 01_caption again: it sets such films aside.") from None
+    return torch.cat(means).contiguous(), torch.cat(stds).contiguous()
+
+
+def verify(model, latents, paths, size, fit, folder, batch_size=16, num_rows=64):
+    """Compare rows taken at random with a fresh encode; raises LatentError where they differ."""
+    rng = np.random.default_rng(int(latents.key[:16], 16))
+    rows = rng.permutation(len(latents))[:num_rows]
+    chosen = [paths[row] for row in rows]
+    fresh = _encode(model, chosen, size, fit, batch_size, torch.float32, lambda done: None)
+    used = np.unique(latents.caption_index[rows])
+    text = embed_captions(model, [latents.captions[i] for i in used], warn=False).cpu()
+    stored = (*latents.gather(rows), latents.text[used])
+    for name, old, new in zip(
+        ("means", "spreads", "captions"), stored, (*fresh, text), strict=True
+    ):
+        off = ((old - new).flatten(1).norm(dim=1) / new.flatten(1).norm(dim=1)).max().item()
+        if not off <= TOLERANCE[model.vae.dtype]:  # NaN is refused as well
+            raise LatentError(
+                f"{folder}: stored {name} differ by up to {off:.1%} from a fresh encode of "
+                f"{len(rows)} films: delete this folder and run 02_finetune again"
+            )
+
+
+def _shard(folder, number):
+    return folder / f"{number:06d}.safetensors"
+
+
+def _write(path, tensors, key):
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"key": key})
+
+
+def _open(path, key):
+    """A file's tensors, memory-mapped; {} unless it is whole and bears that key."""
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        pass
+    return {}
 
 
 def load_latents(folder):
-    """Read what encode_cohort wrote."""
-    index = read_json(folder / "latents.json")
-    tensors = load_file(folder / "latents.safetensors")
+    """Open what encode_cohort wrote; raises LatentError where it is missing or damaged."""
+    folder = Path(folder)
+    if not (folder / "index.json").is_file():
+        raise LatentError(f"{folder} holds no finished latents: run 02_finetune")
+    index = read_json(folder / "index.json")
+    wanted = {_shard(folder, number): key for number, key in enumerate(index["shards"])}
+    wanted[folder / "text.safetensors"] = index["text"]
+    opened = {path: _open(path, key) for path, key in wanted.items()}
+    for path, tensors in opened.items():
+        if not tensors:
+            raise LatentError(f"{path} is missing, damaged or another's: run 02_finetune again")
+    *films, text = opened.values()
     return Latents(
         film_ids=index["film_ids"],
-        mean=tensors["mean"],
-        std=tensors["std"],
-        text=tensors["text"],
-        caption_index=tensors["caption_index"].numpy(),
         captions=index["captions"],
+        caption_index=np.array(index["caption_index"], dtype=np.int64),
+        text=text["text"],
+        key=index["key"],
+        shards=[(part["mean"], part["std"]) for part in films],
+        shard_size=index["shard_size"],
     )

@@ -199,6 +199,17 @@ class Run:
             return "cuda" if torch.cuda.is_available() else "cpu"
         return wanted
 
+    @staticmethod
+    def peak_memory() -> float:
+        """The most memory so far, in GiB: of the GPU where one is used, else of this process."""
+        import resource
+
+        torch = sys.modules.get("torch")
+        if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+            return torch.cuda.max_memory_allocated() / 2**30
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
 
 def project_root() -> Path:
     """The folder that holds notebooks/: the clone, or the nearest above the current folder."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from prism_nb.diffusion import ModelError, locate
 from prism_nb.files import read_json
@@ -58,6 +58,14 @@ class ClipScorer:
         text_step = self.embed_texts(target) - self.embed_texts(source)
         return F.cosine_similarity(image_step, text_step, dim=-1).cpu().numpy()
 
+    def margin(self, films, captions, others):
+        """How much nearer films (B, H, W) are to their own captions than to others: (B,).
+
+        A difference of cosines, in [-2, 2]: above zero where the film shows what its caption says.
+        """
+        step = self.embed_texts(captions) - self.embed_texts(others)
+        return (self.embed_films(films) * step).sum(-1).cpu().numpy()
+
 
 def _pooled(features):
     """The projected embedding, whether transformers returns it bare or in an output object."""
@@ -76,8 +84,8 @@ def load_clip(clip_model, base_model, device):
     else:
         tokens = folder
     try:
-        clip = CLIPModel.from_pretrained(folder, use_safetensors=True)
-        tokenizer = CLIPTokenizer.from_pretrained(tokens)
+        clip = AutoModel.from_pretrained(folder, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(tokens)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot load CLIP {clip_model}: {str(error).strip().splitlines()[0][:160]}"

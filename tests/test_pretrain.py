@@ -27,15 +27,37 @@ def test_spread_text_centres_and_scales_and_changes_nothing_else(random_base, tm
     torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_films_are_of_three_kinds_and_patches_hold_what_shows():
+def test_a_family_is_a_film_and_four_twins_with_one_finding_turned_over():
     for number in range(1, 7):
-        film, labels, patches = pretrain._film(number, 64)
-        assert film.shape == (64, 64)
-        assert patches.shape == (pretrain.PATCHES, pretrain.PATCHES, len(DRAWN))
-        assert (patches.any((0, 1)) == [bool(labels[name]) for name in DRAWN]).all()
+        films, labels = pretrain._family(number, 64)
+        assert films.shape == (pretrain.FAMILY, 64, 64)
+        assert len(labels) == pretrain.FAMILY
+        turned = [[k for k in DRAWN if row[k] != labels[0][k]] for row in labels[1:]]
+        assert turned[:3] == [[finding] for finding in pretrain.MAIN]
+        assert len(turned[3]) == 1
+        assert turned[3][0] not in pretrain.MAIN
         if number % 3 == 2:
-            assert not any(labels[name] for name in DRAWN if name not in pretrain.MAIN)
+            assert not any(labels[0][name] for name in DRAWN if name not in pretrain.MAIN)
 
 
-def test_the_same_film_is_drawn_again():
-    assert np.array_equal(pretrain._film(4, 64)[0], pretrain._film(4, 64)[0])
+def test_the_same_family_is_drawn_again():
+    assert np.array_equal(pretrain._family(4, 64)[0], pretrain._family(4, 64)[0])
+
+
+def test_twins_come_in_pairs_of_one_family():
+    rows = pretrain.twins(np.random.default_rng(0), 50, 6).reshape(-1, 2)
+    assert (rows[:, 0] % pretrain.FAMILY == 0).all()
+    assert (rows // pretrain.FAMILY == rows[:, :1] // pretrain.FAMILY).all()
+    assert (rows[:, 0] != rows[:, 1]).all()
+    assert len(set(rows[:, 0])) == 6
+
+
+def test_a_widened_vae_holds_the_old_one():
+    small, wide = pretrain.tiny_vae(4).eval(), pretrain.tiny_vae(6).eval()
+    pretrain.widen(wide, small)
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        old, new = small.encode(x).latent_dist, wide.encode(x).latent_dist
+        torch.testing.assert_close(new.mean[:, :4], old.mean)
+        torch.testing.assert_close(new.logvar[:, :4], old.logvar)
+        torch.testing.assert_close(wide.decode(new.mean).sample, small.decode(old.mean).sample)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from prism_nb.captions import caption, edit_labels, vocabulary
+from prism_nb.captions import caption, vocabulary
 from prism_nb.files import atomic_path, read_json, write_json
 from prism_nb.images import load_films, uint8_to_unit, unit_to_sd
 from prism_nb.phantom import DRAWN, render, sample_patient
@@ -30,16 +30,9 @@ from prism_nb.phantom.graph import PREVALENCE
 log = logging.getLogger("pretrain")
 # P(device | effusion) = P(device): the base itself must not be biased
 UNCONFOUNDED = PREVALENCE["Support Devices"]
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 16
+FAMILY = 5  # films of a patient: as it is, and with one finding turned over
 MAIN = ("Pleural Effusion", "Cardiomegaly", "Support Devices")  # what the notebooks edit
-# Findings whose caption is changed against the film; those that notebooks edit come more often.
-FLIPPED = (*DRAWN, *MAIN * 5)
-PATCHES = 16  # a side of the grid that CLIP's vision half sees a film in
-LAYERS = {  # a label's mask, where it has another name
-    "Support Devices": "devices",
-    "Cardiomegaly": "heart",
-    "Enlarged Cardiomediastinum": "mediastinum",
-}
 PRETRAIN_SEED = 1_000_003  # no cohort's population: its patients are never seen in a notebook
 
 
@@ -92,40 +85,53 @@ def tiny_unet(sample_size, latent_channels=LATENT_CHANNELS):
         sample_size=sample_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
-        block_out_channels=(48, 96, 160),
+        block_out_channels=(64, 96, 144),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=128,
-        attention_head_dim=(1, 3, 5),  # the number of heads, in spite of its name: 32 channels each
+        attention_head_dim=(2, 3, 4),  # the number of heads, in spite of its name
         norm_num_groups=16,
     )
 
 
 def tiny_clip(size, vocab_size):
-    """A CLIP of three layers a side; its text half conditions the U-Net."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+    """A CLIP whose image half is a small ConvNeXt, and whose text half conditions the U-Net.
 
-    shared = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-    }
-    ends = {
-        "bos_token_id": vocab_size - 2,
-        "eos_token_id": vocab_size - 1,
-        "pad_token_id": vocab_size - 1,
-    }
+    A convolutional image half, as CLIP's own ResNets are: a transformer needs far more films
+    before it notices a wire.
+    """
+    from transformers import (
+        CLIPTextConfig,
+        ConvNextConfig,
+        VisionTextDualEncoderConfig,
+        VisionTextDualEncoderModel,
+    )
+
     text = CLIPTextConfig(
-        vocab_size=vocab_size, max_position_embeddings=77, projection_dim=64, **shared, **ends
+        vocab_size=vocab_size,
+        max_position_embeddings=77,
+        projection_dim=64,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
     )
-    vision = CLIPVisionConfig(
-        image_size=size, patch_size=size // PATCHES, projection_dim=64, **shared
+    widths = (32, 64, 128, 192)
+    vision = ConvNextConfig(
+        image_size=size,
+        hidden_sizes=widths,
+        depths=(1, 1, 2, 1),
+        layer_scale_init_value=0.0,
+        hidden_size=widths[-1],  # where the projection looks for it
     )
-    return CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
+    both = VisionTextDualEncoderConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=64
     )
+    return VisionTextDualEncoderModel(both)
 
 
 def random_base(folder, size=64, seed=0):
@@ -143,7 +149,7 @@ def random_base(folder, size=64, seed=0):
 
 def save_clip(clip, folder, size):
     """Write the whole CLIP, its image processor, and its text half as the model's text encoder."""
-    from transformers import CLIPImageProcessor, CLIPTextModel
+    from transformers import CLIPImageProcessor
 
     clip.save_pretrained(folder / "clip")
     processor = CLIPImageProcessor(
@@ -153,11 +159,7 @@ def save_clip(clip, folder, size):
         image_std=[0.5] * 3,
     )
     processor.save_pretrained(folder / "clip")
-    encoder = CLIPTextModel(clip.config.text_config)
-    own = encoder.state_dict()
-    source = {k.removeprefix("text_model."): v for k, v in clip.text_model.state_dict().items()}
-    encoder.load_state_dict({k: source[k.removeprefix("text_model.")] for k in own})
-    encoder.save_pretrained(folder / "text_encoder")
+    clip.text_model.save_pretrained(folder / "text_encoder")
 
 
 def finish_folder(folder):
@@ -184,46 +186,46 @@ def finish_folder(folder):
     write_json(folder / "model_index.json", index | parts)
 
 
-def _film(number, size):
-    """A film of the population, its labels, and which of them show in each of 16 x 16 patches.
+def _family(number, size):
+    """A patient's film and four twins, each with one finding turned over: films and their labels.
 
-    A third of the films are as the population has them; in a third every finding is decided by a
-    coin, in a third the three of MAIN alone are and no other is there. Only so can the model tell
-    what comes of one finding from what comes of those it goes with.
+    A third of the patients are as the population has them; in a third every finding is decided by
+    a coin, in a third the three of MAIN alone are and no other is there. Twins turn over each of
+    MAIN and one other finding. Only so can the model tell what comes of one finding from what
+    comes of those it goes with.
     """
     patient, do = sample_patient(PRETRAIN_SEED, number, confounding=UNCONFOUNDED), {}
-    coins = dict(zip(DRAWN, patient.draw("pretrain").random(len(DRAWN)), strict=True))
+    rng = patient.draw("pretrain")
+    coins = dict(zip(DRAWN, rng.random(len(DRAWN)), strict=True))
     if number % 3 == 1:
         do = {label: int(coin < 0.3) for label, coin in coins.items()}
     elif number % 3 == 2:
         do = {label: int(label in MAIN and coin < 0.5) for label, coin in coins.items()}
-    film, patches = render(patient, size, do), np.zeros((PATCHES, PATCHES, len(DRAWN)), bool)
-    for place, label in enumerate(DRAWN):
-        if film.labels[label]:
-            mask = film.masks[LAYERS.get(label, label)]
-            side = size // PATCHES
-            patches[..., place] = mask.reshape(PATCHES, side, PATCHES, side).any((1, 3))
-    return film.image, film.labels, patches
+    first = render(patient, size, do)
+    others = [label for label in DRAWN if label not in MAIN]
+    turned = [*MAIN, others[int(rng.integers(len(others)))]]
+    twins = [render(patient, size, do | {label: 1 - first.labels[label]}) for label in turned]
+    family = [first, *twins]
+    return np.stack([film.image for film in family]), [film.labels for film in family]
 
 
-def phantom_films(work, num_films, size):
-    """Render the training films once: uint8 (N, H, W), memory-mapped, their labels and patches."""
+def phantom_films(work, num_patients, size):
+    """Render the training films once: uint8 (N * FAMILY, H, W), memory-mapped, and their labels."""
     path = work / f"films-{size}.npy"
     if not path.is_file():
         with ProcessPoolExecutor(2) as pool:
-            made = list(pool.map(partial(_film, size=size), range(1, num_films + 1), chunksize=50))
-        films, labels, patches = zip(*made, strict=True)
-        write_json(path.with_suffix(".json"), labels)
-        for name, array in ((f"patches-{size}.npy", patches), (path.name, films)):
-            with atomic_path(work / name) as temporary, open(temporary, "wb") as file:
-                np.save(file, np.stack(array))
-    patches = np.load(work / f"patches-{size}.npy", mmap_mode="r")
-    return np.load(path, mmap_mode="r"), read_json(path.with_suffix(".json")), patches
+            numbers = range(1, num_patients + 1)
+            made = list(pool.map(partial(_family, size=size), numbers, chunksize=25))
+        films, labels = zip(*made, strict=True)
+        write_json(path.with_suffix(".json"), [row for rows in labels for row in rows])
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.concatenate(films))
+    return np.load(path, mmap_mode="r"), read_json(path.with_suffix(".json"))
 
 
 def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
     """AdamW, one-cycle rate, clipped gradients; resumes from its checkpoint every 100 steps."""
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4)
+    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, rate, total_steps=steps + 1, pct_start=0.1
     )
@@ -275,7 +277,7 @@ def fit_vae(folder, work, films, steps, start=None, batch_size=12):
     torch.manual_seed(1)
     vae, whole = tiny_vae(), int(0.9 * steps)
     if start:
-        vae = AutoencoderKL.from_pretrained(start / "vae").train()
+        widen(vae, AutoencoderKL.from_pretrained(start / "vae"))
 
     def loss_of(step):
         rng = np.random.default_rng((11, step))
@@ -295,6 +297,29 @@ def fit_vae(folder, work, films, steps, start=None, batch_size=12):
         z = vae.eval().encode(unit_to_sd(uint8_to_unit(films[sample]))).latent_dist.mean
     vae.register_to_config(scaling_factor=round(float(1 / z.std()), 5))
     vae.save_pretrained(folder / "vae")
+
+
+@torch.no_grad()
+def widen(vae, start):
+    """Give a new VAE the weights of one with fewer latent channels; further channels are new."""
+    new, old = vae.config.latent_channels, start.config.latent_channels
+    mean = torch.arange(old)
+    both = torch.cat([mean, new + mean])  # the encoder gives means, then log-variances
+    places = {  # tensor -> rows, and columns where they are latent channels too
+        "encoder.conv_out": (both, None),
+        "quant_conv": (both, both),
+        "post_quant_conv": (mean, mean),
+        "decoder.conv_in": (None, mean),
+    }
+    own = vae.state_dict()
+    for name, value in start.state_dict().items():
+        rows, columns = places.get(name.rpartition(".")[0], (None, None))
+        rows = torch.arange(len(own[name])) if rows is None else rows
+        if columns is None or value.dim() < 2:
+            own[name][rows] = value
+        else:
+            own[name][rows] = 0  # the old channels do not see the new ones
+            own[name][rows[:, None], columns] = value
 
 
 def _off(x, y):
@@ -337,65 +362,54 @@ def _crop(films, crop, rng):
 
 def _style(rng):
     """One of the ways in which a cohort may be captioned, drawn at random."""
-    template = "listing1" if rng.random() < 0.25 else "plain"
+    template = "listing1" if rng.random() < 0.15 else "plain"
     return {"template": template, "negatives": bool(rng.random() < 0.15)}
 
 
-def fit_clip(folder, work, films, labels, patches, size, steps, batch_size=32):
-    """Contrastive training: each film against all captions, and against its own with one changed.
+def fit_clip(folder, work, films, labels, size, steps, families=16):
+    """Contrastive training on films and their twins, which differ in one finding alone.
 
-    The second makes the model notice every finding: in a batch, the rest of a caption tells films
-    apart well enough. Equal label sets are all positives of one another. Linear readings of the
-    labels, from the film and from each of its patches, are thrown away afterwards: without them a
-    transformer needs far more films to notice a wire. Where a text encoder is there
-    already it is kept as it is, because a U-Net may have been trained on it.
+    In a batch of unlike patients the rest of a caption tells films apart well enough; a twin makes
+    the model notice the finding. Equal label sets are all positives of one another. Linear
+    readings of the labels, from film and from caption, are thrown away afterwards.
     """
-    from transformers import CLIPTextModel
-
     torch.manual_seed(2)
     tokenizer = tokenizer_folder(folder / "tokenizer", vocabulary())
     clip = tiny_clip(size, len(tokenizer))
-    if (folder / "text_encoder").is_dir():
-        kept = CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict()
-        kept = {k.removeprefix("text_model."): v for k, v in kept.items()}
-        own = clip.text_model.state_dict()
-        clip.text_model.load_state_dict({k: kept[k.removeprefix("text_model.")] for k in own})
-        clip.text_model.requires_grad_(False)
-    reader = torch.nn.Linear(clip.config.projection_dim, len(DRAWN))
-    finder = torch.nn.Linear(clip.config.vision_config.hidden_size, len(DRAWN))
-    both = torch.nn.ModuleDict({"clip": clip, "reader": reader, "finder": finder})
+    seen = torch.nn.Linear(clip.config.vision_config.hidden_size, len(DRAWN))
+    told = torch.nn.Linear(clip.config.text_config.hidden_size, len(DRAWN))
+    parts = torch.nn.ModuleDict({"clip": clip, "seen": seen, "told": told})
     truth = torch.tensor([[row[name] for name in DRAWN] for row in labels], dtype=torch.float32)
     codes = (truth @ (2.0 ** torch.arange(len(DRAWN)))).long()
 
     def loss_of(step):
         rng = np.random.default_rng((12, step))
-        rows = np.sort(rng.integers(len(films), size=batch_size))
-        words, other = [], []
-        for row in rows:
-            style, finding = _style(rng), FLIPPED[rng.integers(len(FLIPPED))]
-            changed = edit_labels(labels[row], finding, not labels[row][finding])
-            words.append(caption(labels[row], **style))
-            other.append(caption(changed, **style))
-        text = tokenizer(words + other, padding="max_length", max_length=77, return_tensors="pt")
-        shown = films[rows]
+        rows = twins(rng, len(films), families)
+        words = [caption(labels[row], **_style(rng)) for row in rows]
+        text = tokenizer(words, padding="max_length", max_length=77, return_tensors="pt")
+        shown = films[np.sort(rows)][np.argsort(np.argsort(rows))]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = clip(**text, pixel_values=unit_to_sd(uint8_to_unit(shown)))
-        logits = out.logits_per_image.float()  # (B, 2B): true captions, then changed ones
-        right = logits[:, :batch_size]
+            image = clip.vision_model(unit_to_sd(uint8_to_unit(shown))).pooler_output
+            word = clip.text_model(**text).pooler_output
+        image, word = image.float(), word.float()
+        image_embeds = F.normalize(clip.visual_projection(image), dim=-1)
+        text_embeds = F.normalize(clip.text_projection(word), dim=-1)
+        logits = clip.logit_scale.exp() * image_embeds @ text_embeds.T  # (B, B)
         same = (codes[rows][:, None] == codes[rows][None]).float()
         target = same / same.sum(1, keepdim=True)
-        pair = torch.stack([right.diagonal(), logits[:, batch_size:].diagonal()], dim=1)
-        own = F.cross_entropy(pair, torch.zeros(batch_size, dtype=torch.long))
-        read = F.binary_cross_entropy_with_logits(reader(8 * out.image_embeds.float()), truth[rows])
-        tokens = out.vision_model_output.last_hidden_state[:, 1:].float()  # (B, patches, D)
-        there = torch.from_numpy(patches[rows].reshape(batch_size, -1, len(DRAWN))).float()
-        find = F.binary_cross_entropy_with_logits(finder(tokens), there)
-        contrast = (F.cross_entropy(right, target) + F.cross_entropy(right.T, target)) / 2
-        return 0.5 * contrast + 2 * own + 4 * read + 8 * find
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        read = F.binary_cross_entropy_with_logits(seen(image), truth[rows])
+        name = F.binary_cross_entropy_with_logits(told(word), truth[rows])
+        return contrast + 4 * read + 2 * name
 
-    trained = [parameter for parameter in both.parameters() if parameter.requires_grad]
-    train(both, trained, loss_of, steps, 1e-3, work, "clip")
+    train(parts, list(parts.parameters()), loss_of, steps, 1.5e-3, work, "clip")
     save_clip(clip, folder, size)
+
+
+def twins(rng, num_films, families):
+    """Rows of some patients' films, each followed by that of one of its twins."""
+    first = FAMILY * rng.choice(num_films // FAMILY, families, replace=False)
+    return np.stack([first, first + rng.integers(1, FAMILY, families)], axis=1).ravel()
 
 
 @torch.no_grad()
@@ -418,57 +432,82 @@ def spread_text(folder, captions):
     encoder.save_pretrained(folder / "text_encoder")
 
 
+def cached_latents(folder, work, films):
+    """The posterior means of all films, scaled, encoded once: half precision (N, C, h, w)."""
+    from diffusers import AutoencoderKL
+
+    path = work / "latents.npy"
+    if not path.is_file():
+        vae, parts = AutoencoderKL.from_pretrained(folder / "vae").eval(), []
+        for start in range(0, len(films), 32):
+            x = unit_to_sd(uint8_to_unit(films[start : start + 32]))
+            with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+                mean = vae.encode(x).latent_dist.mean.float()
+            parts.append((mean * vae.config.scaling_factor).half().numpy())
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.concatenate(parts))
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
 def fit_unet(folder, work, films, labels, steps, batch_size=16):
-    """Noise prediction (Algorithm 1) on cached latents, 10 % empty captions, EMA kept."""
-    from diffusers import AutoencoderKL, DDIMScheduler
-    from diffusers.training_utils import EMAModel
+    """Noise prediction (Algorithm 1) on cached latents, 10 % empty captions, EMA kept.
+
+    A film and its twin share noise, timestep and way of captioning, so that what differs between
+    them is what the caption says. Losses are weighted by min-SNR (Hang et al. 2023, gamma 5).
+    """
+    from diffusers import DDIMScheduler
+    from diffusers.training_utils import EMAModel, compute_snr
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from prism_nb.diffusion import Model, embed_captions, encode_films
-
     torch.manual_seed(3)
-    vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
-    frozen = Model(
-        vae,
-        CLIPTextModel.from_pretrained(folder / "text_encoder").eval(),
-        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        None,
-        DDIMScheduler.from_pretrained(folder / "scheduler"),
-        "",
-        "",
-        torch.device("cpu"),
-    )
-    cached = work / "latents.npy"
-    if not cached.is_file():
-        parts = [
-            encode_films(frozen, uint8_to_unit(films[k : k + 64]), 32)
-            for k in range(0, len(films), 64)
-        ]
-        with atomic_path(cached) as temporary, open(temporary, "wb") as file:
-            np.save(file, torch.cat(parts).half().numpy())
-    latents = torch.from_numpy(np.load(cached)).float()
-    unet, texts = tiny_unet(latents.shape[-1]), {}
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    latents = cached_latents(folder, work, films)
+    unet, texts = tiny_unet(latents.shape[-1]).to(memory_format=torch.channels_last), {}
     ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    snr = compute_snr(scheduler, torch.arange(1000))
+    weight = snr.clamp(max=5) / snr
 
-    def loss_of(step):
-        rng = np.random.default_rng((13, step))
-        rows = rng.integers(len(latents), size=batch_size)
-        words = ["" if rng.random() < 0.1 else caption(labels[r], **_style(rng)) for r in rows]
+    @torch.no_grad()
+    def embed(words):
         new = sorted(set(words) - set(texts))
         if new:
-            texts.update(zip(new, embed_captions(frozen, new).half(), strict=True))
-        generator = torch.Generator().manual_seed(step)
-        noise = torch.randn(latents[rows].shape, generator=generator)
-        t = torch.randint(0, 1000, (batch_size,), generator=generator)
-        noisy = frozen.scheduler.add_noise(latents[rows], noise, t)
-        cond = torch.stack([texts[w] for w in words]).float()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            eps = unet(noisy, t, encoder_hidden_states=cond).sample
-        return F.mse_loss(eps.float(), noise)
+            tokens = tokenizer(new, padding="max_length", max_length=77, return_tensors="pt")
+            texts.update(zip(new, encoder(tokens.input_ids)[0].half(), strict=True))
+        return torch.stack([texts[word] for word in words]).float()
 
-    train(unet, list(unet.parameters()), loss_of, steps, 7e-4, work, "unet", ema=ema)
+    def loss_of(step):
+        rng, generator = np.random.default_rng((13, step)), torch.Generator().manual_seed(step)
+        rows, words = twins(rng, len(latents), batch_size // 2), []
+        for film, twin in rows.reshape(-1, 2):
+            style, empty = _style(rng), rng.random() < 0.1
+            words += ["" if empty else caption(labels[row], **style) for row in (film, twin)]
+        z0 = latents[rows].float()
+        noise = torch.randn(z0[::2].shape, generator=generator).repeat_interleave(2, 0)
+        t = torch.randint(0, 1000, (batch_size // 2,), generator=generator).repeat_interleave(2)
+        noisy = scheduler.add_noise(z0, noise, t)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            eps = unet(noisy, t, encoder_hidden_states=embed(words)).sample
+        return (weight[t] * (eps.float() - noise).square().mean((1, 2, 3))).mean()
+
+    train(unet, list(unet.parameters()), loss_of, steps, 8e-4, work, "unet", ema=ema)
     ema.copy_to(unet.parameters())
-    unet.half().save_pretrained(folder / "unet")  # half the size; loaded back as float32
+    unet.save_pretrained(folder / "unet")
+
+
+def halve(folder):
+    """Store every weight in half precision, and no path of this machine."""
+    from safetensors.torch import load_file, save_file
+
+    from prism_nb.diffusion import strip_paths
+
+    for path in folder.glob("*/*.safetensors"):
+        weights = load_file(path)
+        half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+        with atomic_path(path) as temporary:
+            save_file(half, temporary, metadata={"format": "pt"})
+    strip_paths(folder)
 
 
 def main(argv=None):
@@ -476,36 +515,36 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--num-films", type=int, default=12000)
+    parser.add_argument("--num-patients", type=int, default=3600)
     parser.add_argument("--films", type=Path, help="folder of real films for the VAE")
     parser.add_argument("--start", type=Path, help="base whose VAE to go on from")
-    parser.add_argument("--vae-steps", type=int, default=1600)
-    parser.add_argument("--decoder-steps", type=int, default=2000)
-    parser.add_argument("--clip-steps", type=int, default=2500)
-    parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--vae-steps", type=int, default=1900)
+    parser.add_argument("--decoder-steps", type=int, default=600)
+    parser.add_argument("--clip-steps", type=int, default=1500)
+    parser.add_argument("--unet-steps", type=int, default=6000)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     folder, work = args.out, args.out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    films, labels, patches = phantom_films(work, args.num_films, args.size)
+    films, labels = phantom_films(work, args.num_patients, args.size)
     log.info("%d films of %d px", len(films), args.size)
     if not (folder / "vae").is_dir():
-        mix = np.array(films[:3000])
+        mix = np.concatenate([films[::FAMILY], films[3::FAMILY]])  # with and without devices
         if args.films:
             paths = sorted(p for p in args.films.iterdir() if p.is_file())
-            real = load_films(
-                [p for i, p in enumerate(paths) if i % 5], args.size
-            )  # every fifth is kept for measuring
-            mix = np.concatenate([mix, np.repeat(real, max(1, len(mix) // len(real)), axis=0)])
+            real = load_films([p for i, p in enumerate(paths) if i % 5], args.size)
+            # Every fifth is kept for measuring. About a quarter of what the VAE sees is real.
+            mix = np.concatenate([mix, np.repeat(real, 8, axis=0)])
         fit_vae(folder, work, mix, args.vae_steps, args.start)
         refine_decoder(folder, work, mix, args.decoder_steps)
     if not (folder / "clip").is_dir():
-        fit_clip(folder, work, films, labels, patches, args.size, args.clip_steps)
+        fit_clip(folder, work, films, labels, args.size, args.clip_steps)
         rng = np.random.default_rng(17)
         spread_text(folder, sorted({caption(row, **_style(rng)) for row in labels[:600]}))
     finish_folder(folder)
     if not (folder / "unet").is_dir():
         fit_unet(folder, work, films, labels, args.unet_steps)
+    halve(folder)
     log.info("done: %s", folder)
 
 
