@@ -96,14 +96,14 @@ def tiny_unet(sample_size, latent_channels=LATENT_CHANNELS):
 
 
 def tiny_clip(size, vocab_size):
-    """A CLIP whose image half is a small ConvNeXt, and whose text half conditions the U-Net.
+    """A CLIP whose image half is a small MobileNet, and whose text half conditions the U-Net.
 
     A convolutional image half, as CLIP's own ResNets are: a transformer needs far more films
     before it notices a wire.
     """
     from transformers import (
         CLIPTextConfig,
-        ConvNextConfig,
+        MobileNetV1Config,
         VisionTextDualEncoderConfig,
         VisionTextDualEncoderModel,
     )
@@ -120,18 +120,21 @@ def tiny_clip(size, vocab_size):
         eos_token_id=vocab_size - 1,
         pad_token_id=vocab_size - 1,
     )
-    widths = (32, 64, 128, 192)
-    vision = ConvNextConfig(
+    width = 0.5
+    vision = MobileNetV1Config(
         image_size=size,
-        hidden_sizes=widths,
-        depths=(1, 1, 2, 1),
-        layer_scale_init_value=0.0,
-        hidden_size=widths[-1],  # where the projection looks for it
+        depth_multiplier=width,
+        tf_padding=False,
+        hidden_size=int(1024 * width),  # where the projection looks for it
     )
     both = VisionTextDualEncoderConfig(
         vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=64
     )
-    return VisionTextDualEncoderModel(both)
+    clip = VisionTextDualEncoderModel(both)
+    for layer in clip.vision_model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 0.1  # TensorFlow's .9997 is read here as "keep the last batch alone"
+    return clip
 
 
 def random_base(folder, size=64, seed=0):
@@ -148,7 +151,10 @@ def random_base(folder, size=64, seed=0):
 
 
 def save_clip(clip, folder, size):
-    """Write the whole CLIP, its image processor, and its text half as the model's text encoder."""
+    """Write the whole CLIP, its image processor, and its text half as the model's text encoder.
+
+    A text encoder that is there already stays: it may have been spread, and a U-Net trained on it.
+    """
     from transformers import CLIPImageProcessor
 
     clip.save_pretrained(folder / "clip")
@@ -159,7 +165,8 @@ def save_clip(clip, folder, size):
         image_std=[0.5] * 3,
     )
     processor.save_pretrained(folder / "clip")
-    clip.text_model.save_pretrained(folder / "text_encoder")
+    if not (folder / "text_encoder").is_dir():
+        clip.text_model.save_pretrained(folder / "text_encoder")
 
 
 def finish_folder(folder):
@@ -371,14 +378,16 @@ def fit_clip(folder, work, films, labels, size, steps, families=16):
 
     In a batch of unlike patients the rest of a caption tells films apart well enough; a twin makes
     the model notice the finding. Equal label sets are all positives of one another. Linear
-    readings of the labels, from film and from caption, are thrown away afterwards.
+    readings of the labels, from film and from caption, are thrown away afterwards. Where clip/ is
+    there already its text half is kept as it is, because a U-Net may have been trained on it.
     """
     torch.manual_seed(2)
     tokenizer = tokenizer_folder(folder / "tokenizer", vocabulary())
     clip = tiny_clip(size, len(tokenizer))
+    keep_text(clip, folder / "clip")
     seen = torch.nn.Linear(clip.config.vision_config.hidden_size, len(DRAWN))
     told = torch.nn.Linear(clip.config.text_config.hidden_size, len(DRAWN))
-    parts = torch.nn.ModuleDict({"clip": clip, "seen": seen, "told": told})
+    parts = torch.nn.ModuleDict({"clip": clip, "seen": seen, "told": told}).train()
     truth = torch.tensor([[row[name] for name in DRAWN] for row in labels], dtype=torch.float32)
     codes = (truth @ (2.0 ** torch.arange(len(DRAWN)))).long()
 
@@ -387,7 +396,8 @@ def fit_clip(folder, work, films, labels, size, steps, families=16):
         rows = twins(rng, len(films), families)
         words = [caption(labels[row], **_style(rng)) for row in rows]
         text = tokenizer(words, padding="max_length", max_length=77, return_tensors="pt")
-        shown = films[np.sort(rows)][np.argsort(np.argsort(rows))]
+        order = np.argsort(rows)  # reading in the order of the file is quicker
+        shown = films[rows[order]][np.argsort(order)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             image = clip.vision_model(unit_to_sd(uint8_to_unit(shown))).pooler_output
             word = clip.text_model(**text).pooler_output
@@ -402,8 +412,18 @@ def fit_clip(folder, work, films, labels, size, steps, families=16):
         name = F.binary_cross_entropy_with_logits(told(word), truth[rows])
         return contrast + 4 * read + 2 * name
 
-    train(parts, list(parts.parameters()), loss_of, steps, 1.5e-3, work, "clip")
-    save_clip(clip, folder, size)
+    trained = [parameter for parameter in parts.parameters() if parameter.requires_grad]
+    train(parts, trained, loss_of, steps, 3e-3, work, "clip")
+    save_clip(clip.eval(), folder, size)
+
+
+def keep_text(clip, folder):
+    """Give a CLIP the text half of the one in `folder`, frozen; nothing if there is none."""
+    from transformers import AutoModel
+
+    if folder.is_dir():
+        clip.text_model.load_state_dict(AutoModel.from_pretrained(folder).text_model.state_dict())
+        clip.text_model.requires_grad_(False)
 
 
 def twins(rng, num_films, families):
