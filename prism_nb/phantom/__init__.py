@@ -8,6 +8,7 @@ patients. Images (H, W) uint8. Used by notebooks 01, 04, 05 and 06.
     python -m prism_nb.phantom --out DIR --patients 1000     writes a cohort
     python -m prism_nb.phantom.calibrate                     finds the graph's numbers again
     python -m prism_nb.phantom.pretrain OUT                  trains the bundled base model
+    python -m prism_nb.phantom.quality [BASE]                measures it on films it has never seen
 """
 
 from prism_nb.phantom.cohort import (
