@@ -365,7 +365,8 @@ def invert(model, z0, film_ids, captions, method="direct", num_steps=50, **dials
     for name, value in {"num_steps": num_steps, **dials}.items():
         _check_range(name, value)
     cond = embed_captions(model, captions)
-    found = METHODS[method](model, z0.to(model.device), cond, num_steps, **given)
+    z0 = z0.to(model.device).contiguous()  # as it will be read from a file
+    found = METHODS[method](model, z0, cond, num_steps, **given)
     key = model_key(model)
     return Inversion(list(film_ids), list(captions), method=method, model_key=key, **found)
 

@@ -6,7 +6,7 @@ import sys
 
 ORDER = """
     files checkpoints findings images layouts cohort phantom captions diffusion latents finetune
-    inversion attention masks editing scoring edits networks metrics classifiers evaluation
+    inversion attention masks editors editing scoring edits networks metrics classifiers evaluation
     ganterfactual augment arms vqa
     params figures studio run manifest execute report doctor cli
 """.split()  # noqa: SIM905

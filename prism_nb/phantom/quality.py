@@ -111,7 +111,7 @@ def _aurocs(truth, scores):
     return table[["head", "n", "auroc", "auroc_low", "auroc_high"]].to_dict("records")
 
 
-def train_judge(size, count=3000, sees=128):
+def train_judge(size, count, sees=128):
     """A classifier of MAIN on films of a third population."""
     films, labels, *_ = population(count, size, JUDGE)
     truth = np.array([[row[name] for name in MAIN] for row in labels], float)
@@ -142,6 +142,7 @@ def main(argv=None):
     parser.add_argument("base", nargs="?", default="phantom")
     parser.add_argument("--num-films", type=int, default=500)
     parser.add_argument("--films", type=Path, help="folder of real films; every fifth is measured")
+    parser.add_argument("--judge-films", type=int, default=3000, help="that the judge learns from")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--sheet", type=Path, help="PNG of generated films beside rendered ones")
     args = parser.parse_args(argv)
@@ -161,7 +162,10 @@ def main(argv=None):
         there = psnr(uint8_to_unit(real), through_vae(model, real))
         found["real_psnr"] = (*bootstrap_interval(there, np.arange(len(real))), len(real))
     found["clip"] = zero_shot(model, films, labels)
-    judge, truth = train_judge(size), np.array([[row[name] for name in MAIN] for row in labels])
+    judge, truth = (
+        train_judge(size, args.judge_films),
+        np.array([[row[name] for name in MAIN] for row in labels]),
+    )
     found["judge"] = _aurocs(truth, predict(judge, films))
     made = generate(model, [caption(row) for row in labels])
     found["text_to_image"] = _aurocs(truth, predict(judge, made))
