@@ -1,4 +1,4 @@
-"""The command `prism-nb`: run a profile, look at a run, list parameters, check the machine.
+"""The command `prism-nb`: run a profile, look at a run, edit one film, check the machine.
 
 Exit codes: 0 done, 1 a notebook failed or something is missing, 2 bad usage.
 Everything heavy is imported inside the commands, so that the command line starts fast.
@@ -21,14 +21,14 @@ NOTEBOOKS = typer.Option("--notebooks", hidden=True, help="Folder of the noteboo
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(*bad_usage: type[Exception]) -> Iterator[None]:
     from prism_nb.execute import StepFailed
     from prism_nb.params import ParamError
     from prism_nb.run import RunFolderError
 
     try:
         yield
-    except (ParamError, RunFolderError) as error:
+    except (ParamError, RunFolderError, *bad_usage) as error:
         _stop(error, 2)
     except (StepFailed, OSError) as error:
         _stop(error, 1)
@@ -127,6 +127,134 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
         if not (folder / "manifest.json").is_file():
             raise RunFolderError(f"{folder} holds no run; `prism-nb run PROFILE` makes one")
         print(write_report(folder.resolve()))
+
+
+@app.command()
+def edit(
+    image: Annotated[Path, typer.Argument(help="A film, PNG or JPEG.")],
+    source: Annotated[str, typer.Option("--from", help="T: what the film shows.")] = "",
+    target: Annotated[str, typer.Option("--to", help="T': what it is to show.")] = "",
+    name: Annotated[str, typer.Option("--edit", help="The paper's T and T' by name.")] = "",
+    method: Annotated[str, typer.Option(help="Inversion; else the preset's.")] = "",
+    preset: Annotated[str, typer.Option(help="How to edit: default, prism, ...")] = "default",
+    model: Annotated[str, typer.Option(help="A run folder, or a base model.")] = "phantom",
+    guidance: Annotated[float | None, typer.Option(help="w; else the preset's.")] = None,
+    steps: Annotated[int, typer.Option(help="N, steps of DDIM.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="A PNG; else IMAGE_edited.png here.")] = None,
+) -> None:
+    """Edit one film of your own: its counterfactual, its mask, a picture of what changed."""
+    with _one_line_errors(ValueError):
+        pair = _caption_pair(name, source, target)
+        out = _new_png(out or Path(f"{image.stem}_edited.png"), image)
+        loaded, trained, fit = _load_for_edit(model)
+        film = _own_film(loaded, image, fit)
+        _explain(loaded, pair, trained)
+        from prism_nb.edits import edit_film
+
+        dials = {} if guidance is None else {"guidance_scale": guidance}
+        how = {"method": method, "num_steps": steps, "preset": preset}
+        edited, recipe = edit_film(loaded, film, *pair, **how, **dials)
+        about = {"source": pair[0], "target": pair[1], "mask_area": float(edited.area[0])}
+        about["s_clip"] = _score(loaded, film, edited.films[0], pair)
+        print(f"  mask          {edited.area[0]:.1%} of the film")
+        for path in _write_edit(out, film, edited, about | recipe):
+            print(f"  wrote         {path}")
+
+
+def _caption_pair(name: str, source: str, target: str) -> tuple[str, str]:
+    from prism_nb.edits import PAPER_EDITS
+    from prism_nb.params import nearest
+
+    if not name and not (source and target):
+        names = "; ".join(PAPER_EDITS)
+        raise ValueError(f"say what to change: --from and --to, or --edit and one of: {names}")
+    if not name:
+        return source, target
+    if source or target:
+        raise ValueError("--edit stands for --from and --to: give either it or both of those")
+    known = {each.lower(): pair for each, pair in PAPER_EDITS.items()}
+    if name.lower() not in known:
+        near = nearest(name.lower(), list(known)) or "; ".join(PAPER_EDITS)
+        raise ValueError(f"--edit {name}: not one of the paper's; there is {near}")
+    return known[name.lower()]
+
+
+def _new_png(out: Path, image: Path) -> Path:
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: films are written as PNG; give a name that ends in .png")
+    if out.resolve() == image.resolve():
+        raise ValueError(f"--out {out} is the film itself; give another name")
+    return out
+
+
+def _load_for_edit(model: str) -> tuple:
+    """The model of a run folder or a base, the captions it learned (or None), the film's fit."""
+    from transformers.utils import logging
+
+    from prism_nb.captions import vocabulary
+    from prism_nb.cohort import read_cohort
+    from prism_nb.diffusion import load_model
+
+    logging.disable_progress_bar()
+    folder = Path(model)
+    if not (folder / "cohort.json").is_file():
+        return load_model(model), vocabulary() if model == "phantom" else None, "pad"
+    if not (folder / "model" / "base.json").is_file():
+        raise ValueError(f"{folder} has no model yet: run 02_finetune in it, or give a base model")
+    cohort = read_cohort(folder)
+    train = cohort.table.loc[cohort.table["split"] == "train", "caption"]
+    return load_model(str(folder / "model")), list(train), cohort.settings["fit"]
+
+
+def _own_film(model: object, image: Path, fit: str) -> object:
+    """The film (H, W) in [0, 1] at the size that the model was trained at."""
+    from prism_nb.images import load_film, uint8_to_unit
+
+    halvings = len(model.vae.config.block_out_channels) - 1
+    return uint8_to_unit(load_film(image, model.unet.config.sample_size * 2**halvings, fit))
+
+
+def _explain(model: object, pair: tuple[str, str], trained: list[str] | None) -> None:
+    from prism_nb.attention import explain_alignment
+    from prism_nb.captions import untrained_words
+
+    new = untrained_words(" ".join(pair), trained) if trained is not None else []
+    if new:
+        print(f"prism-nb: never trained, so of no known effect: {', '.join(new)}", file=sys.stderr)
+    print(explain_alignment(model.tokenizer, *pair))
+
+
+def _score(model: object, film: object, edited: object, pair: tuple[str, str]) -> float:
+    from prism_nb.diffusion import ModelError
+    from prism_nb.scoring import load_clip
+
+    try:
+        scorer = load_clip("base", model.base_model, model.device)
+    except ModelError as error:
+        print(f"  S_CLIP        not known: {error}")
+        return float("nan")
+    score = float(scorer.s_clip(film[None], edited[None], *([text] for text in pair))[0])
+    print(f"  S_CLIP        {score:.3f}, {'passes' if score >= 0.1 else 'below'} the paper's 0.1")
+    return score
+
+
+def _write_edit(out: Path, film: object, edited: object, about: dict) -> list[Path]:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from prism_nb.edits import save_edit, save_mask
+    from prism_nb.figures import plot_edits
+    from prism_nb.files import atomic_path
+    from prism_nb.run import versions
+
+    mask, difference = (out.with_name(f"{out.stem}_{what}.png") for what in ("mask", "difference"))
+    save_edit(out, edited.films[0], about, {"versions": versions()})
+    save_mask(mask, edited.masks[0])
+    figure = plot_edits(film[None], edited.films, ["SYNTHETIC"], edited.masks)[0, 0].figure
+    with atomic_path(difference) as partial:
+        note = {"Description": "SYNTHETIC counterfactual, made by prism_nb", "Software": None}
+        figure.savefig(partial, dpi=150, bbox_inches="tight", metadata=note)
+    return [out, mask, difference]
 
 
 @app.command()

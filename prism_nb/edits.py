@@ -2,24 +2,39 @@
 
 A plan has one row an edit: film_id, patient_id, split, edit, finding, present, source, target
 (the captions T and T'), row (the film's position). On disk `edits/` holds a PNG a film, marked
-SYNTHETIC, and `edits.parquet`: the plan's columns and method, s_clip, kept, path. Films (B, H, W)
-in [0, 1]. Used by notebooks 04, 05 and 06.
+SYNTHETIC, its mask in one bit, and `edits.parquet`: the plan's columns, how it was made (`recipe`),
+mask_area, s_clip, kept, reason, path, mask_path. Films (B, H, W) in [0, 1]. Used by notebooks 04,
+05, 06 and by `prism-nb edit`.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image, PngImagePlugin
 
 from prism_nb import phantom
 from prism_nb.captions import PromptError, prompt_pair
-from prism_nb.files import atomic_path
-from prism_nb.findings import finding_from, slug
+from prism_nb.diffusion import encode_films
+from prism_nb.editing import PRESETS, choose, edit
+from prism_nb.files import atomic_path, plain
+from prism_nb.findings import FINDINGS, finding_from, slug
 from prism_nb.images import load_image, save_png, uint8_to_unit, unit_to_uint8
+from prism_nb.inversion import invert
 
 PLAN = ("film_id", "patient_id", "split", "edit", "finding", "present", "source", "target", "row")
 OWN = "PRISM"  # the method's name in tables
 FLOORS = {"vae": "VAE", "reconstruction": "inversion", "sham edit": "sham edit"}
+_DEVICES, _EFFUSION, _HEART = "Support Devices", "Pleural Effusion", "Cardiomegaly"
+_PAPER = (  # an edit, and the finding that may stand beside it (section 3.2)
+    (_DEVICES, False, _EFFUSION),
+    (_DEVICES, True, _EFFUSION),
+    (_EFFUSION, False, _DEVICES),
+    (_HEART, False, _DEVICES),
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,19 @@ def parse_edit(text):
     return Edit(finding_from(finding), verb == "add")
 
 
+def _paper_edits():
+    """The paper's edits, each with and without another finding beside it: {name: (T, T')}."""
+    pairs = {}
+    for (finding, present, other), beside in product(_PAPER, (False, True)):
+        labels = dict.fromkeys(FINDINGS[1:], 0.0) | {finding: 1.0 - present, other: float(beside)}
+        name = Edit(finding, present).name + (f" beside {other}" if beside else "")
+        pairs[name] = prompt_pair(labels, finding, present)
+    return pairs
+
+
+PAPER_EDITS = _paper_edits()
+
+
 def plan_edits(table, edits, template="plain", negatives=False):
     """Plan which film of a cohort's table gets which edit: a DataFrame with the columns PLAN.
 
@@ -54,17 +82,17 @@ def plan_edits(table, edits, template="plain", negatives=False):
     rows = []
     for row in range(len(table)):
         labels = table.iloc[row]
-        for edit in edits:
-            if labels[edit.finding] != (0.0 if edit.present else 1.0):
+        for each in edits:
+            if labels[each.finding] != (0.0 if each.present else 1.0):
                 continue
             try:
-                pair = prompt_pair(labels, edit.finding, edit.present, template, negatives)
+                pair = prompt_pair(labels, each.finding, each.present, template, negatives)
             except PromptError:
                 continue  # the template has no words for this difference
             about = (labels["film_id"], labels["patient_id"], labels["split"])
-            rows.append((*about, edit.name, edit.finding, edit.present, *pair, row))
+            rows.append((*about, each.name, each.finding, each.present, *pair, row))
     if not rows:
-        wanted = ", ".join(edit.name for edit in edits)
+        wanted = ", ".join(each.name for each in edits)
         raise ValueError(
             f"no inverted film can take any of the edits ({wanted}): name others or invert more"
         )
@@ -91,27 +119,95 @@ def truths(cohort, plan):
     return films, masks
 
 
-def save_edits(folder, plan, edited, table, floors, provenance):
-    """Write every edited film and every floor as PNG, then edits.parquet; returns its table.
+def given_dials(params):
+    """The dials that a notebook's parameters set themselves, where they do not say "preset"."""
+    dials = {"seed": params.seed}
+    if params.guidance_scale > 0:
+        dials["guidance_scale"] = params.guidance_scale
+    if params.mask != "preset":
+        dials["mask"] = params.mask
+    return dials | ({"detail": params.detail} if params.detail >= 0 else {})
 
-    floors: method -> films of `table`, in its order (the keys of FLOORS). Rerunning overwrites.
+
+def recipe(inversion, preset, **dials):
+    """How an edit is made, as columns: the inversion, the preset, and each dial's value.
+
+    With film_id, source (T) and target (T') that is all it takes to make the edit again.
+    """
+    values = plain(asdict(choose(preset, dials)))
+    values = {k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in values.items()}
+    about = {"inversion": inversion.method, "num_steps": inversion.num_steps}
+    about |= {"model_key": inversion.model_key, "preset": preset, "editor": values.pop("method")}
+    return about | values
+
+
+def filter_edits(plan, s_clip, area, minimum):
+    """The plan with mask_area, s_clip, kept and the reason of what is not: rejected rows stay."""
+    low = [f"S_CLIP {value:.3f} is below {minimum:g}" for value in s_clip]
+    why = np.where(np.asarray(s_clip) >= minimum, "", low)
+    why = np.where(np.asarray(area) > 0, why, "the mask is empty: nothing was changed")
+    return plan.assign(mask_area=area, s_clip=s_clip, kept=why == "", reason=why.astype(object))
+
+
+def edit_film(
+    model, film, source, target, film_id="film", method="", num_steps=20, preset="default", **dials
+):
+    """Edit one film (H, W) in [0, 1] of one's own: its Edited and its recipe.
+
+    method: of the inversion, by default the preset's. Errors are those of `invert` and `edit`.
+    """
+    choose(preset, dials)  # a wrong dial is said before the slow part
+    how = PRESETS[preset].inversion
+    how = {"method": method} if method and method != how["method"] else how
+    z0 = encode_films(model, film[None])
+    inversion = invert(model, z0, [film_id], [source], num_steps=num_steps, **how)
+    edited = edit(model, inversion, film[None], [0], [target], preset=preset, **dials)
+    return edited, recipe(inversion, preset, **dials)
+
+
+def save_edits(folder, plan, edited, table, floors, provenance):
+    """Write every edited film, its mask and every floor as PNG, then edits.parquet: its table.
+
+    edited: Edited, in the plan's order. floors: method -> films of `table`, in its order (the keys
+    of FLOORS). Rerunning overwrites.
     """
     rows = []
     for number, row in plan.reset_index(drop=True).iterrows():
-        path = f"{row['film_id']}/{slug(row['edit'])}.png"
-        text = {"T": row["source"], "T'": row["target"], "S_CLIP": f"{row['s_clip']:.4f}"}
-        save_png(folder / path, edited[number], _mark(text, provenance))
-        rows.append({**row, "method": OWN, "path": path})
+        name = f"{row['film_id']}/{slug(row['edit'])}"
+        paths = {"path": f"{name}.png", "mask_path": f"{name}_mask.png"}
+        save_edit(folder / paths["path"], edited.films[number], row, provenance)
+        save_mask(folder / paths["mask_path"], edited.masks[number])
+        rows.append({**row, "method": OWN, **paths})
     about = table[["film_id", "patient_id", "split"]].reset_index(drop=True)
     for name, films in floors.items():
         for number, row in about.iterrows():
             path = f"{row['film_id']}/{slug(FLOORS[name])}.png"
             save_png(folder / path, films[number], _mark({}, provenance))
             rows.append({**row, "method": FLOORS[name], "edit": "", "path": path})
-    frame = pd.DataFrame(rows).drop(columns="row")
+    whole = plan.select_dtypes("integer").columns  # floors have none: as floats seeds would differ
+    frame = pd.DataFrame(rows).astype(dict.fromkeys(whole, "Int64")).drop(columns="row")
     with atomic_path(folder / "edits.parquet") as temporary:
         frame.to_parquet(temporary, index=False)
     return frame
+
+
+def save_edit(path, film, about, provenance):
+    """Write an edited film as PNG: marked SYNTHETIC, with how it was made, not of whom.
+
+    about: one row of a plan, with s_clip and recipe.
+    """
+    text = {"T": about["source"], "T'": about["target"], "S_CLIP": f"{about['s_clip']:.4f}"}
+    left_out = {"source", "target", "s_clip", "row", "film_id", "patient_id", "split"}
+    rest = {key: value for key, value in dict(about).items() if key not in left_out}
+    save_png(path, film, _mark(text | {"Recipe": json.dumps(plain(rest))}, provenance))
+
+
+def save_mask(path, mask):
+    """Write a mask (H, W) bool as PNG of one bit a pixel: white where the edit may act."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Description", "mask of a SYNTHETIC counterfactual, made by prism_nb")
+    with atomic_path(Path(path)) as temporary:
+        Image.fromarray(mask).save(temporary, format="PNG", pnginfo=text)
 
 
 def _mark(text, provenance):

@@ -14,6 +14,7 @@ from prism_nb import phantom
 PALETTE = "colorblind"
 DIFFERENCE = {"cmap": "RdBu_r", "vmin": -0.5, "vmax": 0.5}
 FILM = {"cmap": "gray", "vmin": 0, "vmax": 1}
+ABSOLUTE = {"cmap": "magma", "vmin": 0, "vmax": 0.5}
 
 
 def use_style():
@@ -163,27 +164,76 @@ def plot_pairs(rows, headers, titles=None, size=1.9):
     return axes
 
 
-def plot_edits(factual, counterfactual, titles, truth=None, size=1.9):
-    """Film, counterfactual and signed difference (Figures 3, 4), with the truth where known."""
-    columns = 3 if truth is None else 5
+def plot_reconstructions(films, vae, back, titles, size=1.9):
+    """Figure 5: film, VAE alone, inverted and back (T' = T), and how far that is from the film."""
+    names = ["film", "VAE alone", "inverted and back", "absolute difference"]
+    films, vae, back = _unit(films), _unit(vae), _unit(back)
     fig, axes = plt.subplots(
-        len(factual), columns, figsize=(size * columns, size * len(factual) + 0.5), squeeze=False
+        len(films), 4, figsize=(size * 4.4, size * len(films) + 0.5), squeeze=False
     )
-    names = ["factual", "counterfactual", "difference", "true counterfactual", "true difference"]
-    factual, counterfactual = _unit(factual), _unit(counterfactual)
     for r, line in enumerate(axes):
-        line[0].imshow(factual[r], **FILM)
-        line[1].imshow(counterfactual[r], **FILM)
-        last = line[2].imshow(counterfactual[r] - factual[r], **DIFFERENCE)
-        if truth is not None:
-            line[3].imshow(_unit(truth[r]), **FILM)
-            line[4].imshow(_unit(truth[r]) - factual[r], **DIFFERENCE)
+        for ax, film in zip(line, (films[r], vae[r], back[r]), strict=False):
+            ax.imshow(film, **FILM)
+        last = line[3].imshow(abs(back[r] - films[r]), **ABSOLUTE)
         line[0].set_ylabel(_wrap(titles[r], 22), fontsize=7)
-        for c, ax in enumerate(line):
-            _bare(ax)
-            ax.set_title(names[c] if r == 0 else "", fontsize=9)
-    bar = fig.colorbar(last, ax=axes, shrink=0.6, aspect=30, pad=0.01)
-    bar.set_label("counterfactual - factual")
+        _head(line, names, r)
+    fig.colorbar(last, ax=axes, shrink=0.6, aspect=30, pad=0.01, label="|back - film|")
+    return axes
+
+
+def plot_edits(factual, counterfactual, titles, masks=None, truth=None, size=1.9):
+    """Film, counterfactual, signed difference (Figures 3, 4); mask and truth where known."""
+    names = ["original", "counterfactual", "difference", "mask"]
+    names += ["true counterfactual", "true difference"]
+    factual, counterfactual = _unit(factual), _unit(counterfactual)
+    columns = [
+        (factual, FILM),
+        (counterfactual, FILM),
+        (counterfactual - factual, DIFFERENCE),
+        (masks, FILM),
+        (None if truth is None else _unit(truth), FILM),
+        (None if truth is None else _unit(truth) - factual, DIFFERENCE),
+    ]
+    shown = [n for n, (films, _) in enumerate(columns) if films is not None]
+    fig, axes = plt.subplots(
+        len(factual),
+        len(shown),
+        figsize=(size * (len(shown) + 0.4), size * len(factual) + 0.5),
+        squeeze=False,
+    )
+    for r, line in enumerate(axes):
+        for ax, n in zip(line, shown, strict=True):
+            ax.imshow(columns[n][0][r], **columns[n][1])
+        line[0].set_ylabel(_wrap(titles[r], 22), fontsize=7)
+        _head(line, [names[n] for n in shown], r)
+    bar = fig.colorbar(line[2].images[0], ax=axes, shrink=0.6, aspect=30, pad=0.01)
+    bar.set_label("counterfactual - original")
+    return axes
+
+
+def plot_doses(factual, films, doses, response, truth=None, size=1.9):
+    """One film under rising doses of an edit, what each changed, and the response to the dose.
+
+    factual (H, W); films (D, H, W); response (D,): mean signed change where it is looked for, of
+    which `truth` is the true value.
+    """
+    factual, films = _unit(factual), _unit(films)
+    fig = plt.figure(figsize=(size * len(films), size * 3.6))
+    grid = fig.add_gridspec(3, len(films), height_ratios=(1, 1, 1.1))
+    axes = np.array([[fig.add_subplot(grid[r, d]) for d in range(len(films))] for r in (0, 1)])
+    for d, film in enumerate(films):
+        axes[0, d].imshow(film, **FILM)
+        axes[0, d].set_title(f"w = {doses[d]:g}", fontsize=9)
+        axes[1, d].imshow(film - factual, **DIFFERENCE)
+        _bare(axes[0, d])
+        _bare(axes[1, d])
+    axes[1, 0].set_ylabel("counterfactual\n- original", fontsize=7)
+    curve = fig.add_subplot(grid[2, :])
+    curve.plot(doses, response, "o-", label="made")
+    if truth is not None:
+        curve.axhline(truth, color="k", ls="--", lw=1, label="true")
+    curve.set(xlabel="guidance scale w", ylabel="mean change")
+    curve.legend(fontsize=8)
     return axes
 
 
@@ -273,6 +323,13 @@ def plot_arms(frame, value="accuracy", ax=None):
     ax.tick_params(axis="x", labelrotation=12, labelsize=8)
     ax.legend(fontsize=7, title="")
     return ax
+
+
+def _head(line, names, row):
+    """Bare axes of a row, with the names of the columns above the first."""
+    for ax, name in zip(line, names, strict=True):
+        _bare(ax)
+        ax.set_title(name if row == 0 else "", fontsize=9)
 
 
 def _bare(ax):

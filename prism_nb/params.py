@@ -82,6 +82,9 @@ Number = Annotated[float, BeforeValidator(_number)]
 Text = Annotated[str, BeforeValidator(_text)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Edit = Annotated[str, BeforeValidator(_edit), BeforeValidator(_text)]  # the last one runs first
+# The names of inversion.METHODS and editing.PRESETS, which are slow to import.
+Inversion = Literal["ddim", "fixed_point", "negative_prompt", "null_text", "direct", "ddpm", "bdia"]
+Preset = Literal["default", "prism", "sdedit", "diffedit", "ledits++"]
 
 
 def _is(default: object, remark: str, **limits: object) -> object:
@@ -157,9 +160,12 @@ class Finetune(WithDevice):
 class Invert(WithDevice):
     """03_invert: films to noise and back."""
 
+    inversion: Inversion = _is("direct", "how films become noise; null_text in the paper")
     num_ddim_steps: Whole = _is(10, "N; 50 in the paper", ge=1, le=1000)
     num_test_films: Whole = _is(12, "films of the test split to invert", ge=1)
     num_train_films: Whole = _is(12, "films of the training split to invert", ge=0)
+    num_compared: Whole = _is(2, "films on which all inversions are compared", ge=1)
+    num_compared_steps: Whole = _is(3, "N in that comparison", ge=1, le=1000)
     edit_batch_size: Whole = _is(8, "films inverted together", ge=1, le=4096)
     precision: Literal["fp32", "bf16"] = _is("fp32", "fp32 or bf16")
 
@@ -172,7 +178,10 @@ class Editing(WithDevice):
         description="add or remove a finding",
         min_length=1,
     )
-    guidance_scale: Number = _is(2.0, "w; 7.5 in the paper", ge=0, le=100)
+    preset: Preset = _is("default", "how an edit is made; prism: as the paper does")
+    guidance_scale: Number = _is(0.0, "w; 7.5 in the paper; 0: the preset's", ge=0, le=25)
+    mask: Literal["preset", "auto", "none"] = _is("preset", "where an edit may act")
+    detail: Number = _is(-1.0, "share of grain given back; -1: the preset's", ge=-1, le=1)
     s_clip_min: Number = _is(0.1, "keep edits with S_CLIP of at least this, eq. (1)", ge=-1, le=1)
     clip_model: Text = _is("base", '"base" (as in the base model), a folder, or a hub name')
     edit_batch_size: Whole = _is(8, "films edited together", ge=1, le=4096)
@@ -256,6 +265,12 @@ def check_profile(profile: dict, where: str = "profile") -> dict:
             checked |= validate(notebook, given).model_dump(include=set(given))
         except ParamError as error:
             raise ProfileError(f"{where}: {str(error).partition(': ')[2]}") from None
+    inversion = checked.get("inversion", Invert.model_fields["inversion"].default)
+    if checked.get("preset") == "prism" and inversion != "null_text":
+        raise ProfileError(
+            f"{where}: preset = 'prism' with inversion = {inversion!r}: it guides from the caption "
+            "that null_text tunes; set inversion to null_text"
+        )
     return checked
 
 

@@ -1,11 +1,16 @@
 """The command line: what it prints, and its exit codes."""
 
+import json
+
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from prism_nb import doctor
 from prism_nb.cli import app
 from prism_nb.files import write_json, write_text
+from prism_nb.images import load_film, save_png
 
 
 def call(*arguments):
@@ -17,7 +22,7 @@ def call(*arguments):
 def test_alone_it_shows_help():
     code, said, _ = call()
     assert code == 0
-    for command in ("run", "status", "params", "report", "doctor"):
+    for command in ("run", "status", "params", "report", "edit", "doctor"):
         assert f"  {command} " in said
 
 
@@ -78,6 +83,94 @@ def test_status_says_what_stands_and_why_not(tmp_path, make_notebook):
     code, said, _ = call("status", tmp_path / "run", "--notebooks", tmp_path / "notebooks")
     assert code == 0
     assert "03_invert     to do       first time" in said
+
+
+@pytest.fixture
+def film(tmp_path):
+    """A smooth film, wider than high, on disk."""
+    y, x = np.mgrid[:80, :96] / 96
+    save_png(tmp_path / "mine.png", (127 + 100 * np.sin(5 * x) * np.cos(4 * y)).astype(np.uint8))
+    return tmp_path / "mine.png"
+
+
+def test_edit_writes_film_mask_and_difference_and_says_how(film, random_base):
+    out = film.with_name("made.png")
+    words = ["--from", "chest x-ray showing edema", "--to", "chest x-ray showing a stent"]
+    given = ["--model", random_base, "--steps", 2, "--guidance", 3, "--out", out]
+    code, said, error = call("edit", film, *words, *given)
+    assert code == 0, error
+    for line in ("takes the map of", "(gone)", "S_CLIP", "mask ", f"wrote         {out}"):
+        assert line in said
+    with Image.open(out) as made, Image.open(film.with_name("made_mask.png")) as mask:
+        assert made.size == mask.size == (64, 64)
+        assert mask.mode == "1"
+        assert "SYNTHETIC" in made.text["Description"]
+        assert made.text["T"] == "chest x-ray showing edema"
+        how = json.loads(made.text["Recipe"])
+        outside = ~np.array(mask)
+    assert (how["guidance_scale"], how["num_steps"], how["inversion"]) == (3, 2, "direct")
+    with Image.open(film.with_name("made_difference.png")) as difference:
+        assert "SYNTHETIC" in difference.text["Description"]
+    same = load_film(film, 64, "pad")[outside] == load_film(out, 64)[outside]
+    assert same.all(), "outside its mask an edit is the film"
+
+
+def test_edit_takes_a_run_warns_of_new_words_and_needs_its_model(film, random_base, tmp_path):
+    from prism_nb import phantom
+    from prism_nb.captions import captions
+    from prism_nb.cohort import load_cohort, split_by_patient, write_cohort
+    from prism_nb.diffusion import load_model, save_unet
+
+    run = tmp_path / "run"
+    cohort = load_cohort(phantom.write_cohort(run / "phantom", 8, 64, seed=1))
+    table = split_by_patient(cohort.table, 0.3, 0.2)
+    cohort.table = table.assign(caption=captions(table))
+    cohort.settings |= {"image_size": 64, "fit": "squash"}
+    write_cohort(cohort, run)
+    words = ["--from", "chest x-ray", "--to", "chest x-ray showing a stent", "--steps", 1]
+    code, _, error = call("edit", film, *words, "--model", run)
+    assert code == 2
+    assert "has no model yet: run 02_finetune" in error
+    save_unet(load_model(str(random_base), device="cpu"), run / "model")
+    out = tmp_path / "new" / "it.png"
+    code, _, error = call("edit", film, *words, "--model", run, "--out", out)
+    assert code == 0, error
+    assert "prism-nb: never trained, so of no known effect: " in error
+    assert "stent" in error
+    assert out.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "--from and --to, or --edit and one of: remove Support Devices;"),
+        (["--from", "chest x-ray"], "--from and --to, or --edit"),
+        (["--edit", "remove devices"], "there is remove support devices"),
+        (["--edit", "remove Cardiomegaly", "--to", "x"], "give either it or both of those"),
+        (["--edit", "remove Cardiomegaly", "--out", "x.jpg"], "a name that ends in .png"),
+        (["--edit", "remove Cardiomegaly", "--model", "nowhere"], "no such folder; give phantom"),
+        (["--edit", "remove Cardiomegaly", "--preset", "prisma"], "the nearest is 'prism'"),
+        (["--edit", "remove Cardiomegaly", "--method", "dirct"], "the nearest is 'direct'"),
+        (["--edit", "remove Cardiomegaly", "--guidance", 99], "a number from 0 to 50"),
+        (["--edit", "remove Cardiomegaly", "--steps", 0], "num_steps is 0"),
+    ],
+)
+def test_what_edit_cannot_do_is_exit_2_and_one_line(film, random_base, given, words):
+    model = [] if "--model" in given else ["--model", random_base]
+    code, _, error = call("edit", film, *given, *model)
+    assert code == 2
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_film_that_cannot_be_read_or_would_be_overwritten_is_named(film, random_base, tmp_path):
+    name, model = ["--edit", "remove Cardiomegaly"], ["--model", random_base]
+    code, _, error = call("edit", tmp_path / "none.png", *name, *model)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "there is no such file" in error
+    code, _, error = call("edit", film, *name, "--out", film)
+    assert code == 2
+    assert "is the film itself" in error
 
 
 def test_doctor_passes_here_and_says_how_to_fix_what_lacks(monkeypatch):

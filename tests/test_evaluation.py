@@ -6,6 +6,7 @@ import pytest
 from prism_nb import phantom
 from prism_nb.captions import captions
 from prism_nb.cohort import load_cohort, split_by_patient
+from prism_nb.editing import Edited
 from prism_nb.edits import FLOORS, OWN, Edit, plan_edits, save_edits, truths
 from prism_nb.evaluation import FILTERED, NOTHING, PERFECT, measure_edits
 from prism_nb.findings import PAPER_HEADS
@@ -36,6 +37,11 @@ def brightness(judge, films):
     return np.stack([part.mean(axis=(1, 2)) / 255 for part in parts], axis=1)
 
 
+def everywhere(films):
+    """Films as edited without a mask."""
+    return Edited(films, np.ones(films.shape, bool), np.ones(len(films)))
+
+
 def measure(cohort, folder, edited_of, kept=True):
     """Write edits made by edited_of(factual, truth) and measure them."""
     chosen = cohort.table[cohort.table["split"] == "test"].reset_index(drop=True)
@@ -43,7 +49,7 @@ def measure(cohort, folder, edited_of, kept=True):
     edits = [Edit("Support Devices", False), Edit("Pleural Effusion", True)]
     plan = plan_edits(chosen, edits).assign(s_clip=0.5, kept=kept)
     truth, _ = truths(cohort, plan)
-    edited = edited_of(films[plan["row"]], truth)
+    edited = everywhere(edited_of(films[plan["row"]], truth))
     floors = dict.fromkeys(FLOORS, films)
     table = save_edits(folder, plan, edited, chosen, floors, {})
     return measure_edits(cohort, table, folder, None, HEADS, brightness)
@@ -78,7 +84,7 @@ def test_the_filter_only_selects(cohort, tmp_path):
 def test_without_test_edits_the_way_out_is_named(cohort, tmp_path):
     chosen = cohort.table[cohort.table["split"] == "train"].reset_index(drop=True)
     plan = plan_edits(chosen, [Edit("Support Devices", False)]).assign(s_clip=0.5, kept=True)
-    edited = np.zeros((len(plan), 64, 64), np.float32)
+    edited = everywhere(np.zeros((len(plan), 64, 64), np.float32))
     table = save_edits(tmp_path, plan, edited, chosen, {}, {})
     with pytest.raises(ValueError, match="raise num_test_films in 03_invert"):
         measure_edits(cohort, table, tmp_path, None, HEADS, brightness)

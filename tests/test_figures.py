@@ -36,6 +36,28 @@ def test_difference_is_counterfactual_minus_factual():
     assert low == -high
 
 
+def test_masks_stand_beside_edits_and_the_truth_after_them():
+    axes = figures.plot_edits(FILMS, FILMS, ["x"] * 3, FILMS > 0.5, FILMS)
+    names = ["mask", "true counterfactual", "true difference"]
+    assert [ax.get_title() for ax in axes[0]][3:] == names
+    np.testing.assert_array_equal(axes[1, 3].images[0].get_array(), FILMS[1] > 0.5)
+
+
+def test_reconstructions_show_the_absolute_difference():
+    axes = figures.plot_reconstructions(FILMS, FILMS, FILMS[::-1], ["x"] * 3)
+    shown = axes[0, 3].images[0]
+    np.testing.assert_allclose(shown.get_array(), abs(FILMS[2] - FILMS[0]))
+    assert shown.get_clim() == (0, 0.5)
+
+
+def test_doses_show_films_differences_and_the_true_value():
+    axes = figures.plot_doses(FILMS[0], FILMS, [0, 1, 2], [0.0, 0.1, 0.2], truth=0.15)
+    assert axes.shape == (2, 3)
+    np.testing.assert_allclose(axes[1, 1].images[0].get_array(), FILMS[1] - FILMS[0])
+    curve = axes[0, 0].figure.axes[-1]
+    assert [line.get_label() for line in curve.lines] == ["made", "true"]
+
+
 def test_prevalence_counts_what_is_present():
     table = pd.DataFrame({"split": ["train"] * 4, "Edema": [1.0, 1.0, 0.0, np.nan]})
     ax = figures.plot_prevalence(table, ["Edema"])

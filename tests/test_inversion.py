@@ -1,10 +1,8 @@
 """Inversion and editing: exact where theory says so, bounded on the bundled base."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
@@ -23,12 +21,8 @@ from prism_nb.diffusion import (
 )
 from prism_nb.editing import counterfactuals
 from prism_nb.edits import (
-    OWN,
     Edit,
-    load_edit_films,
-    parse_edit,
     plan_edits,
-    save_edits,
     truths,
 )
 from prism_nb.images import load_films, uint8_to_unit
@@ -461,56 +455,6 @@ def test_the_bundled_base_inverts_edits_and_scores(bundled, cohort):
     assert (abs(score) <= 1).all()
     still = scorer.s_clip(factual, factual, list(plan["source"]), list(plan["target"]))
     np.testing.assert_allclose(still, 0, atol=1e-5)
-
-
-def test_a_plan_holds_only_edits_that_change_something(cohort):
-    edits = [Edit("Support Devices", False), Edit("Support Devices", True)]
-    plan = plan_edits(cohort.table, edits)
-    assert len(plan) == len(cohort.table)
-    labels = cohort.table.set_index("film_id").loc[plan["film_id"], "Support Devices"]
-    assert (labels.to_numpy(bool) != plan["present"].to_numpy(bool)).all()
-    assert (plan["source"] != plan["target"]).all()
-    unknown = cohort.table.assign(**{"Support Devices": np.nan})
-    with pytest.raises(ValueError, match="no inverted film can take any of the edits"):
-        plan_edits(unknown, edits)
-
-
-def test_truths_are_the_phantoms_own_and_nan_elsewhere(cohort, tmp_path):
-    plan = plan_edits(cohort.table.head(4), [Edit("Cardiomegaly", True), Edit("Edema", True)])
-    films, masks = truths(cohort, plan)
-    assert np.isfinite(films).all()
-    assert masks.any(axis=(1, 2)).all()
-    films, masks = truths(replace(cohort, image_root=tmp_path), plan)
-    assert np.isnan(films).all()
-    assert not masks.any()
-
-
-def test_written_edits_say_that_they_are_synthetic(cohort, tmp_path):
-    from PIL import Image
-
-    chosen = cohort.table.head(6)
-    plan = plan_edits(chosen, [Edit("Support Devices", False)]).assign(s_clip=0.5, kept=True)
-    edited = np.random.default_rng(0).random((len(plan), 128, 128), np.float32)
-    floors = {"vae": np.zeros((6, 128, 128), np.float32)}
-    table = save_edits(tmp_path, plan, edited, chosen, floors, {"versions": {"torch": "x"}})
-    assert len(table) == len(plan) + 6
-    own = table[table["method"] == OWN]
-    with Image.open(tmp_path / own["path"].iloc[0]) as image:
-        assert "SYNTHETIC" in image.text["Description"]
-        assert image.text["T'"] == plan["target"].iloc[0]
-    back = load_edit_films(tmp_path, own)
-    assert abs(uint8_to_unit(back) - edited).max() <= 0.5 / 255 + 1e-6
-    again = pd.read_parquet(tmp_path / "edits.parquet")
-    assert again["path"].tolist() == table["path"].tolist()
-    assert again["kept"].dropna().tolist() == own["kept"].tolist()
-
-
-def test_edits_are_read_in_words():
-    assert parse_edit("remove support devices") == Edit("Support Devices", False)
-    assert parse_edit("add Pleural Effusion").name == "add Pleural Effusion"
-    for text in ("Support Devices", "delete Edema", "remove", "add Efusion"):
-        with pytest.raises(ValueError, match=text.split()[-1]):
-            parse_edit(text)
 
 
 def test_chosen_films_take_captions_in_turn(cohort):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from prism_nb.captions import caption, edit_labels
+from prism_nb.captions import PLAIN_FILM, caption
 from prism_nb.classifiers import build_classifier, fit, predict, score_heads
 from prism_nb.diffusion import decode_latents, embed_captions, encode_films, load_model
 from prism_nb.files import write_json
@@ -32,32 +32,28 @@ UNSEEN, JUDGE = 2_000_003, 3_000_017  # populations: of the films measured on, o
 VISIBLE = 0.02  # a device pixel counts where it changes the film by at least this, of [0, 1]
 
 
-def unseen(number, size, seed=UNSEEN):
-    """A patient's film with every finding of MAIN decided by a coin, and what goes with it.
+def unseen(number, size, seed=UNSEEN, more=True):
+    """A patient's film with each finding of MAIN decided by a coin, and its labels.
 
-    Returns the film, its labels, the film without noise, the film without devices, and the mask
-    of each kind of device.
+    With `more` also the film without noise, the film without devices, and each device's mask.
     """
     patient = sample_patient(seed, number, confounding=UNCONFOUNDED)
     coins = patient.draw("quality").random(len(MAIN))
     do = {label: int(coin < 0.5) for label, coin in zip(MAIN, coins, strict=True)}
     film = render(patient, size, do)
+    if not more:
+        return film.image, film.labels
     clean = render(patient, size, do, noise=False)
     bare = render(patient, size, do | {"Support Devices": 0})
     kinds = {kind: film.masks[kind] for kind in DEVICE_KINDS if kind in film.masks}
     return film.image, film.labels, clean.image, bare.image, kinds
 
 
-def population(count, size, seed=UNSEEN):
-    """Films, labels, noiseless films, films without devices, and device masks of `count` patients.
-
-    Two processes render them.
-    """
+def population(count, size, **options):
+    """What `unseen` gives of `count` patients, each part as one list; two processes render."""
     with ProcessPoolExecutor(2) as pool:
-        make = partial(unseen, size=size, seed=seed)
-        made = list(pool.map(make, range(1, count + 1), chunksize=20))
-    films, labels, clean, bare, kinds = zip(*made, strict=True)
-    return np.stack(films), labels, np.stack(clean), np.stack(bare), kinds
+        make = partial(unseen, size=size, **options)
+        return list(zip(*pool.map(make, range(1, count + 1), chunksize=20), strict=True))
 
 
 def through_vae(model, films):
@@ -85,23 +81,12 @@ def device_recall(films, bare, kinds, decoded, decoded_bare):
     return {kind: (float(np.mean(v)), len(v)) for kind, v in kept.items() if v}
 
 
-def zero_shot(model, films, labels):
-    """AUROC of CLIP for each finding of MAIN: "showing X" against the film's caption less X."""
+def zero_shot(model, films):
+    """CLIP's score of each finding of MAIN, (N, len(MAIN)): nearer to it than to no word of it."""
     scorer = load_clip("base", model.base_model, model.device)
+    none, *each = scorer.embed_texts([PLAIN_FILM, *(caption({label: 1.0}) for label in MAIN)])
     shown = scorer.embed_films(uint8_to_unit(films))
-    scores, truth = [], []
-    for finding in MAIN:
-        ends = []
-        for value in (1, 0):
-            texts = [caption(_with(row, finding, value)) for row in labels]
-            ends.append((shown * scorer.embed_texts(texts)).sum(-1))
-        scores.append((ends[0] - ends[1]).cpu().numpy())
-        truth.append([row[finding] for row in labels])
-    return _aurocs(np.array(truth).T, np.array(scores).T)
-
-
-def _with(labels, finding, value):
-    return labels if labels[finding] == value else edit_labels(labels, finding, bool(value))
+    return (shown @ (torch.stack(each) - none).T).cpu().numpy()
 
 
 def _aurocs(truth, scores):
@@ -113,12 +98,13 @@ def _aurocs(truth, scores):
 
 def train_judge(size, count, sees=128):
     """A classifier of MAIN on films of a third population."""
-    films, labels, *_ = population(count, size, JUDGE)
+    films, labels = population(count, size, seed=JUDGE, more=False)
+    films = np.stack(films)
     truth = np.array([[row[name] for name in MAIN] for row in labels], float)
-    judge = build_classifier("test_efficientnet", len(MAIN), seed=5, sees=sees)
+    judge = build_classifier("test_resnet", len(MAIN), seed=5, sees=sees)
     cut = count - count // 8
     sets = (films[:cut], truth[:cut], films[cut:], truth[cut:])
-    list(fit(judge, *sets, epochs=12, batch_size=32, learning_rate=4e-3, seed=5))
+    list(fit(judge, *sets, epochs=10, batch_size=32, learning_rate=4e-3, seed=5))
     return judge
 
 
@@ -142,13 +128,14 @@ def main(argv=None):
     parser.add_argument("base", nargs="?", default="phantom")
     parser.add_argument("--num-films", type=int, default=500)
     parser.add_argument("--films", type=Path, help="folder of real films; every fifth is measured")
-    parser.add_argument("--judge-films", type=int, default=3000, help="that the judge learns from")
+    parser.add_argument("--judge-films", type=int, default=2000, help="that the judge learns from")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--sheet", type=Path, help="PNG of generated films beside rendered ones")
     args = parser.parse_args(argv)
     model = load_model(args.base)
     size = model.vae.config.sample_size
     films, labels, clean, bare, kinds = population(args.num_films, size)
+    films, clean, bare = np.stack(films), np.stack(clean), np.stack(bare)
     decoded, decoded_bare = through_vae(model, films), through_vae(model, bare)
     patients, unit = np.arange(len(films)), uint8_to_unit(films)
     found = {
@@ -161,11 +148,9 @@ def main(argv=None):
         real = load_films(paths, size)
         there = psnr(uint8_to_unit(real), through_vae(model, real))
         found["real_psnr"] = (*bootstrap_interval(there, np.arange(len(real))), len(real))
-    found["clip"] = zero_shot(model, films, labels)
-    judge, truth = (
-        train_judge(size, args.judge_films),
-        np.array([[row[name] for name in MAIN] for row in labels]),
-    )
+    truth = np.array([[row[name] for name in MAIN] for row in labels], float)
+    found["clip"] = _aurocs(truth, zero_shot(model, films))
+    judge = train_judge(size, args.judge_films)
     found["judge"] = _aurocs(truth, predict(judge, films))
     made = generate(model, [caption(row) for row in labels])
     found["text_to_image"] = _aurocs(truth, predict(judge, made))
