@@ -453,8 +453,8 @@ def ddim_step(z, eps, alpha_from, alpha_to):
 
 def timesteps(model, num_steps):
     """DDIM's timesteps for num_steps, rising: the ones diffusers' scheduler walks down."""
-    if not 1 <= num_steps <= 1000:
-        raise ValueError(f"num_ddim_steps is {num_steps}; it must lie between 1 and 1000")
+    if not 1 <= num_steps <= 999:
+        raise ValueError(f"num_ddim_steps is {num_steps}; it must lie between 1 and 999")
     model.scheduler.set_timesteps(num_steps)
     return model.scheduler.timesteps.flip(0).to(model.device)
 

@@ -161,11 +161,11 @@ class Invert(WithDevice):
     """03_invert: films to noise and back."""
 
     inversion: Inversion = _is("direct", "how films become noise; null_text in the paper")
-    num_ddim_steps: Whole = _is(10, "N; 50 in the paper", ge=1, le=1000)
+    num_ddim_steps: Whole = _is(10, "N; 50 in the paper", ge=1, le=999)
     num_test_films: Whole = _is(12, "films of the test split to invert", ge=1)
     num_train_films: Whole = _is(12, "films of the training split to invert", ge=0)
     num_compared: Whole = _is(2, "films on which all inversions are compared", ge=1)
-    num_compared_steps: Whole = _is(3, "N in that comparison", ge=1, le=1000)
+    num_compared_steps: Whole = _is(3, "N in that comparison", ge=1, le=999)
     edit_batch_size: Whole = _is(8, "films inverted together", ge=1, le=4096)
     precision: Literal["fp32", "bf16"] = _is("fp32", "fp32 or bf16")
 

@@ -40,7 +40,7 @@ def test_params_lists_type_default_help_and_what_is_allowed():
     [
         ("seed: 1\nseed: 2\n", [], "seed stands on line 1 and 2"),
         ("num_ddim_step: 5\n", [], "did you mean num_ddim_steps?"),
-        ("num_ddim_steps: 0\n", [], "num_ddim_steps = 0: allowed is from 1, up to 1000"),
+        ("num_ddim_steps: 0\n", [], "num_ddim_steps = 0: allowed is from 1, up to 999"),
         ("seed: 1\n", ["--only", "07"], "there is no notebook 07"),
         ("seed: 1\n", ["--only", "04", "--from", "05"], "exclude each other"),
         ("seed: 1\n", ["--set", "seed"], "write --set key=value"),

@@ -47,7 +47,7 @@ def test_each_notebook_gets_the_keys_it_declares():
 @pytest.mark.parametrize(
     ("notebook", "values", "words"),
     [
-        ("03_invert", {"num_ddim_steps": 0}, "num_ddim_steps = 0: allowed is from 1, up to 1000"),
+        ("03_invert", {"num_ddim_steps": 0}, "num_ddim_steps = 0: allowed is from 1, up to 999"),
         ("03_invert", {"num_ddim_steps": 1.5}, "num_ddim_steps = 1.5"),
         ("03_invert", {"seed": True}, "seed = True: a number is needed, not true or false"),
         ("02_finetune", {"learning_rate": float("nan")}, "learning_rate = nan"),

@@ -35,7 +35,7 @@ def test_parameters_come_from_the_namespace_checked(folder):
     assert (run.params.num_ddim_steps, run.params.seed, run.params.num_test_films) == (10, 7, 12)
     assert run.folder == folder
     assert folder.is_dir()
-    with pytest.raises(ParamError, match="num_ddim_steps = 0: allowed is from 1, up to 1000"):
+    with pytest.raises(ParamError, match="num_ddim_steps = 0: allowed is from 1, up to 999"):
         start(folder, num_ddim_steps=0)
 
 
