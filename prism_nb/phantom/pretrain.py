@@ -540,6 +540,22 @@ def fit_unet(folder, work, films, labels, steps, batch_size=16):
         unet.save_pretrained(folder / "unet")
 
 
+@torch.no_grad()
+def settle(folder):
+    """Make the VAE's posterior a point: its mean is what the U-Net is trained on.
+
+    Channels that the VAE hardly uses are as uncertain as they are wide; samples of them would be
+    noise that the U-Net has never seen. Means, and what is decoded from them, stay as they are.
+    """
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    channels = vae.config.latent_channels
+    vae.quant_conv.weight[channels:] = 0
+    vae.quant_conv.bias[channels:] = -14.0  # log of the variance
+    vae.save_pretrained(folder / "vae")
+
+
 def halve(folder):
     """Store every weight in half precision, and no path of this machine."""
     from safetensors.torch import load_file, save_file
@@ -586,6 +602,7 @@ def main(argv=None):
         rng = np.random.default_rng(17)
         spread_text(folder, sorted({caption(row, **_style(rng)) for row in labels[:600]}))
     finish_folder(folder)
+    settle(folder)
     if not (folder / "unet").is_dir():
         fit_unet(folder, work, films, labels, args.unet_steps)
     halve(folder)
