@@ -1,5 +1,6 @@
 """What is written twice is in step; nothing names an index, a machine or a secret place."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -153,7 +154,7 @@ def test_installation_happens_once_and_is_repeated_when_cut_short(clone):
     assert "-c constraints.txt -e .[test]" in calls[1]
     code, said, calls = install(clone)
     assert (code, calls) == (0, [])
-    (clone / "constraints.txt").touch()
+    os.utime(clone / ".venv" / ".ready", (0, 0))  # older than constraints.txt on any clock
     code, said, calls = install(clone)
     assert [call.split()[1] for call in calls] == ["pip"]
 
