@@ -208,10 +208,11 @@ def _load_for_edit(model: str) -> tuple:
 
 def _own_film(model: object, image: Path, fit: str) -> object:
     """The film (H, W) in [0, 1] at the size that the model was trained at."""
+    from prism_nb.diffusion import film_side
     from prism_nb.images import load_film, uint8_to_unit
 
-    halvings = len(model.vae.config.block_out_channels) - 1
-    return uint8_to_unit(load_film(image, model.unet.config.sample_size * 2**halvings, fit))
+    size = film_side(model, model.unet.config.sample_size)
+    return uint8_to_unit(load_film(image, size, fit))
 
 
 def _explain(model: object, pair: tuple[str, str], trained: list[str] | None) -> None:

@@ -451,6 +451,11 @@ def ddim_step(z, eps, alpha_from, alpha_to):
     return alpha_to.sqrt() * z0 + (1 - alpha_to).sqrt() * eps
 
 
+def film_side(model, side):
+    """The side in pixels of films whose latents have this side."""
+    return side * 2 ** (len(model.vae.config.block_out_channels) - 1)
+
+
 def timesteps(model, num_steps):
     """DDIM's timesteps for num_steps, rising: the ones diffusers' scheduler walks down."""
     if not 1 <= num_steps <= 999:

@@ -16,7 +16,7 @@ import torch
 from prism_nb import masks as m
 from prism_nb.attention import split_words
 from prism_nb.captions import PromptError
-from prism_nb.diffusion import decode_latents
+from prism_nb.diffusion import decode_latents, film_side
 from prism_nb.editors import EDITORS, Dials, Job
 from prism_nb.findings import nearest
 from prism_nb.images import uint8_to_unit
@@ -139,7 +139,7 @@ def _check(model, inversion, films, rows, targets, dials):
 
 def _side(model, inversion):
     """The side of the films in pixels, from the latents'."""
-    return inversion.trajectory.shape[-1] * 2 ** (len(model.vae.config.block_out_channels) - 1)
+    return film_side(model, inversion.trajectory.shape[-1])
 
 
 def _given(dials, shape):

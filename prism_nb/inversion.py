@@ -19,7 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from prism_nb.diffusion import alpha_at, ddim_step, embed_captions, predict_noise, timesteps
+from prism_nb.diffusion import (
+    alpha_at,
+    ddim_step,
+    embed_captions,
+    predict_noise,
+    timesteps,
+    weights_hash,
+)
 from prism_nb.files import atomic_path, plain
 from prism_nb.findings import nearest
 
@@ -136,11 +143,7 @@ def model_key(model):
     state = [settings, *((id(p), p._version) for p in model.unet.parameters())]
     known, key = _KEYS.get(model.unet, (None, ""))
     if known != state:
-        digest = hashlib.sha256(settings.encode())
-        for name, weight in model.unet.state_dict().items():
-            digest.update(name.encode())
-            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        key = digest.hexdigest()
+        key = hashlib.sha256((settings + weights_hash(model.unet)).encode()).hexdigest()
         _KEYS[model.unet] = state, key
     return key
 

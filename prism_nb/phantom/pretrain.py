@@ -496,8 +496,10 @@ def fit_unet(folder, work, films, labels, steps, batch_size=16):
     Under torchrun each process takes its share of a batch.
     """
     from diffusers import DDIMScheduler
-    from diffusers.training_utils import EMAModel, compute_snr
+    from diffusers.training_utils import EMAModel
     from transformers import CLIPTextModel, CLIPTokenizer
+
+    from prism_nb.finetune import NUM_TIMESTEPS, snr_weights
 
     torch.manual_seed(3)
     encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
@@ -508,8 +510,7 @@ def fit_unet(folder, work, films, labels, steps, batch_size=16):
     ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     rank, world = rank_and_world()
     share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    snr = compute_snr(scheduler, torch.arange(1000))
-    weight = snr.clamp(max=5) / snr
+    weight = snr_weights(scheduler, torch.arange(NUM_TIMESTEPS), gamma=5)
 
     @torch.no_grad()
     def embed(words):
@@ -527,7 +528,9 @@ def fit_unet(folder, work, films, labels, steps, batch_size=16):
             words += ["" if empty else caption(labels[row], **style) for row in (film, twin)]
         z0 = latents[rows].float()
         noise = torch.randn(z0[::2].shape, generator=generator).repeat_interleave(2, 0)
-        t = torch.randint(0, 1000, (batch_size // 2,), generator=generator).repeat_interleave(2)
+        t = torch.randint(
+            0, NUM_TIMESTEPS, (batch_size // 2,), generator=generator
+        ).repeat_interleave(2)
         z0, noise, t = z0[share], noise[share], t[share]
         noisy, cond = scheduler.add_noise(z0, noise, t), embed(words[share])
         with torch.autocast("cpu", dtype=torch.bfloat16):
