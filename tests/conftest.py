@@ -39,6 +39,24 @@ def make_notebook():
 
 
 @pytest.fixture(scope="session")
+def make_cohort(tmp_path_factory):
+    """A function that renders so many phantom films of so many pixels: split and captioned."""
+    from prism_nb import phantom
+    from prism_nb.captions import captions
+    from prism_nb.cohort import load_cohort, split_by_patient
+
+    def make(count, size):
+        folder = tmp_path_factory.mktemp("cohort")
+        cohort = load_cohort(phantom.write_cohort(folder, count, size, seed=2))
+        table = split_by_patient(cohort.table, 0.4, 0.2)
+        cohort.table = table.assign(caption=captions(table))
+        cohort.settings |= {"image_size": size, "fit": "squash"}
+        return cohort
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def random_base(tmp_path_factory):
     """A base model of 64 px with random weights: right in shape, wrong in everything else."""
     from prism_nb.phantom.pretrain import random_base

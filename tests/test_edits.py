@@ -10,9 +10,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from prism_nb import params, phantom
-from prism_nb.captions import captions, untrained_words, vocabulary
-from prism_nb.cohort import load_cohort, split_by_patient
+from prism_nb import params
+from prism_nb.captions import untrained_words, vocabulary
 from prism_nb.diffusion import encode_films
 from prism_nb.editing import PRESETS, Edited, edit
 from prism_nb.editors import Dials
@@ -35,12 +34,8 @@ from prism_nb.inversion import METHODS, invert
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    cohort = load_cohort(phantom.write_cohort(tmp_path_factory.mktemp("cohort"), 20, 64, seed=2))
-    table = split_by_patient(cohort.table, 0.4, 0.2)
-    cohort.table = table.assign(caption=captions(table))
-    cohort.settings |= {"image_size": 64, "fit": "squash"}
-    return cohort
+def cohort(make_cohort):
+    return make_cohort(20, 64)
 
 
 def films_of(cohort, table):

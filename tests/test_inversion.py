@@ -8,9 +8,7 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from safetensors.torch import save_file
 
-from prism_nb import phantom
-from prism_nb.captions import captions
-from prism_nb.cohort import choose_films, load_cohort, split_by_patient
+from prism_nb.cohort import choose_films
 from prism_nb.diffusion import (
     SCHEDULER,
     alpha_at,
@@ -418,12 +416,8 @@ def test_impossible_edits_are_one_line(model, given, message):
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    cohort = load_cohort(phantom.write_cohort(tmp_path_factory.mktemp("cohort"), 60, 256, seed=2))
-    table = split_by_patient(cohort.table, 0.4, 0.2)
-    cohort.table = table.assign(caption=captions(table))
-    cohort.settings |= {"image_size": 256, "fit": "squash"}
-    return cohort
+def cohort(make_cohort):
+    return make_cohort(60, 256)
 
 
 @pytest.fixture(scope="module")
