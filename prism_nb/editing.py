@@ -94,14 +94,6 @@ def edit(
     return Edited(made, masks, masks.mean((1, 2)), raw if keep_raw else None)
 
 
-def counterfactuals(model, inversion, rows, targets, guidance_scale, batch_size=8):
-    """Re-generate plainly, guided from the empty caption: films (R, H, W), with no mask."""
-    side = _side(model, inversion)
-    films = np.zeros((len(inversion.film_ids), side, side), np.uint8)  # unseen without a mask
-    dials = {"guidance_scale": guidance_scale, "guidance_from": "empty", "mask": "none"}
-    return edit(model, inversion, films, rows, targets, batch_size=batch_size, **dials).films
-
-
 def choose(preset, dials):
     """The Dials of a preset (None: of the method's own, or the default), some overridden."""
     preset = preset or (dials.get("method") if dials.get("method") in PRESETS else "default")

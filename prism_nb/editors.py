@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from prism_nb.attention import Controller, align, control, layout, split_words
 from prism_nb.diffusion import alpha_at, autocast, embed_captions, predict_noise
-from prism_nb.inversion import Inversion, levels, walk_down
+from prism_nb.inversion import Inversion, levels
 from prism_nb.masks import NoiseDifference, diffedit_mask
+from prism_nb.regeneration import walk_down
 
 CONTROLS = ("plain", "p2p", "p2p+blend")
 RANGES = {"guidance_scale": (0, 50), "reweight": (-10, 10), "threshold": (0, 10)}

@@ -1,10 +1,10 @@
-"""Inversion: the noise that a film came from (paper Appendix B, Figure 5), and the way back.
+"""Inversion: the noise that a film came from (paper Appendix B, Figure 5).
 
-`invert` climbs from z0 to noise by one of METHODS; `walk_down` re-generates many edits of many
-films from one `Inversion`; with T' = T it returns the film where the method is exact. Both call
-the U-Net at the *noisier* timestep of each step, as diffusers' DDIM schedulers do. Step k joins
-level k to k + 1: N steps, N + 1 levels, the film at level 0. Shapes: z0 (B, C, h, w); trajectory
-(N + 1, B, C, h, w), z0 first; cond (B, L, D); R edits. Used by notebooks 02, 03, 04.
+`invert` climbs from z0 to noise by one of METHODS; regeneration.py walks down again from the
+`Inversion` that it returns. Both call the U-Net at the *noisier* timestep of each step, as
+diffusers' DDIM schedulers do. Step k joins level k to k + 1: N steps, N + 1 levels, the film at
+level 0. Shapes: z0 (B, C, h, w); trajectory (N + 1, B, C, h, w), z0 first; cond (B, L, D).
+Used by notebooks 03 and 04.
 """
 
 import hashlib
@@ -173,7 +173,8 @@ def guided_noise(model, z, t, cond, uncond, guidance_scale):
     return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
 
 
-def _alphas(model, num_steps):
+def alphas_of(model, num_steps):
+    """Alpha-bar (N + 1,) of each level, the film's first."""
     return torch.stack([alpha_at(model, t) for t in levels(model, num_steps)])  # (N + 1,)
 
 
@@ -228,7 +229,7 @@ def invert_ddpm(
 
     The noise is drawn from (seed, film id), whatever the batch and its order.
     """
-    alphas = _alphas(model, num_steps)[1:, None, None, None, None]
+    alphas = alphas_of(model, num_steps)[1:, None, None, None, None]
     draws = [_draw(seed, film, (num_steps, *z0.shape[1:])) for film in film_ids]
     noise = torch.stack(draws, dim=1).to(z0.device)  # (N, B, C, h, w)
     noisy = alphas.sqrt() * z0.float() + (1 - alphas).sqrt() * noise
@@ -240,7 +241,7 @@ def invert_ddpm(
 def _with_offsets(model, trajectory, cond, guidance_scale, eta, chunk):
     """What each step down misses of the trajectory; levels do not wait for one another."""
     num_steps, num_films = len(trajectory) - 1, trajectory.shape[1]
-    alphas = _alphas(model, num_steps)[:, None, None, None, None]
+    alphas = alphas_of(model, num_steps)[:, None, None, None, None]
     z = trajectory[1:].flatten(0, 1)  # (N * B, C, h, w)
     t = torch.tensor(levels(model, num_steps)[1:], device=z.device).repeat_interleave(num_films)
     empty, eps = _empty(model, guidance_scale), []
@@ -255,7 +256,7 @@ def _with_offsets(model, trajectory, cond, guidance_scale, eta, chunk):
 @torch.no_grad()
 def invert_bdia(model, z0, cond, num_steps, guidance_scale=1.0, gamma=1.0):
     """Bi-directional integration: each step can be solved for either end (Zhang 2023)."""
-    times, alphas = levels(model, num_steps), _alphas(model, num_steps)
+    times, alphas = levels(model, num_steps), alphas_of(model, num_steps)
     empty = _empty(model, guidance_scale)
     below, z = z0.double(), z0.double()
     trajectory = [z]
@@ -274,7 +275,7 @@ def invert_null_text(
 ):
     """DDIM inversion, then the empty caption tuned at each step to lead back (Mokady 2023)."""
     trajectory = ddim_invert(model, z0, cond, num_steps)
-    times, alphas = levels(model, num_steps), _alphas(model, num_steps)
+    times, alphas = levels(model, num_steps), alphas_of(model, num_steps)
     uncond = embed_captions(model, [""]).expand_as(cond)
     z, tuned, inner_steps = trajectory[-1], [], []
     for i, k in enumerate(reversed(range(num_steps))):
@@ -366,7 +367,7 @@ def invert(model, z0, film_ids, captions, method="direct", num_steps=50, **dials
     if unknown:
         raise ValueError(f"{method} has no dial {unknown[0]!r}; its dials: {allowed}")
     for name, value in {"num_steps": num_steps, **dials}.items():
-        _check_range(name, value)
+        check_range(name, value)
     cond = embed_captions(model, captions)
     z0 = z0.to(model.device).contiguous()  # as it will be read from a file
     found = METHODS[method](model, z0, cond, num_steps, **given)
@@ -374,136 +375,8 @@ def invert(model, z0, film_ids, captions, method="direct", num_steps=50, **dials
     return Inversion(list(film_ids), list(captions), method=method, model_key=key, **found)
 
 
-def _check_range(name, value):
+def check_range(name, value):
+    """Raise ValueError where a dial is no number within its RANGES."""
     low, high = RANGES[name]
     if not (isinstance(value, Real) and low <= value <= high):
         raise ValueError(f"{name} is {value!r}; it must be a number from {low} to {high}")
-
-
-# The way down
-
-
-@torch.no_grad()
-def ddim_sample(model, noise, cond, num_steps, guidance_scale=1.0, uncond=None):
-    """Walk noise (B, C, h, w) down to z0, guided from `uncond` towards `cond`.
-
-    Classifier-free guidance: eps = eps_uncond + w (eps_cond - eps_uncond); w = 1 is the caption
-    alone.
-    """
-    if guidance_scale != 1.0 and uncond is None:
-        raise ValueError(
-            f"guidance_scale is {guidance_scale}: guidance needs the embedding of the empty caption"
-        )
-    z = noise.float()
-    for t_to, t_from in pairwise(reversed(levels(model, num_steps))):
-        eps = guided_noise(model, z, t_to, cond, uncond, guidance_scale)
-        z = ddim_step(z, eps, alpha_at(model, t_to), alpha_at(model, t_from))
-    return z
-
-
-@dataclass
-class Step:
-    """Where a walk down stands. Assign `z` to steer it: a local blend, a mask."""
-
-    level: int  # N is noise, 0 the film
-    z: torch.Tensor  # (R, C, h, w), the edits at this level; float64 for bdia
-    source: torch.Tensor  # (R, C, h, w), their films at this level
-
-
-@torch.no_grad()
-def walk_down(
-    model,
-    inversion,
-    cond,
-    rows=None,
-    guidance_scale=1.0,
-    guidance_from=None,
-    strength=1.0,
-    offsets="both",
-    with_source=False,
-    predict=predict_noise,
-):
-    """Re-generate films under new captions: yields a Step at the start and after each U-Net call.
-
-    rows: R positions in the inversion, which may repeat; cond: their targets (R, L, D), or J
-    targets for each at once (J, R, L, D). eps = base + sum_j w_j (eps_j - base): the base from
-    guidance_from (by default the method's own), w from guidance_scale, a number or what broadcasts
-    to (J, R). strength: share of the steps that are walked. offsets: "both", or "source" to leave
-    the edits without (direct as published; T' = T is then no identity).
-    predict(model, z, t, cond) runs once a step. Its rows: R of the base unless w = 1; with_source,
-    one for each film of sorted(set(rows)) at its own level (for attention control); J R targets.
-    """
-    inversion.check(model)
-    rows = list(range(len(inversion.film_ids)) if rows is None else map(int, rows))
-    edits = inversion.select(rows).to(model.device)
-    noise = _predictor(model, edits, cond, guidance_scale, guidance_from, predict)
-    sources = [rows.index(film) for film in sorted(set(rows))] if with_source else []
-    own = embed_captions(model, [edits.captions[i] for i in sources]) if sources else None
-    alphas, top = _alphas(model, edits.num_steps), _top(edits, strength, offsets)
-    precise = torch.float64 if edits.gamma else torch.float32
-    above = edits.trajectory[min(top + 1, edits.num_steps)].to(precise)
-    step = Step(top, edits.trajectory[top].to(precise), edits.trajectory[top])
-    yield step
-    for k in reversed(range(top)):
-        z, eps = step.z, noise(step.z, k, step.source[sources], own)
-        z_to = step_down(z, eps, alphas[k + 1], alphas[k], edits.eta)
-        if edits.offsets is not None and offsets == "both":
-            z_to = z_to + edits.offsets[k]
-        if edits.gamma:
-            z_to = z_to + edits.gamma * (above - ddim_step(z, eps, alphas[k + 1], alphas[k + 2]))
-        above, step = z, Step(k, z_to, edits.trajectory[k])
-        yield step
-
-
-def regenerate(model, inversion, cond, rows=None, **dials):
-    """Walk down to the end: latents z0 (R, C, h, w) float32; the dials are walk_down's."""
-    for step in walk_down(model, inversion, cond, rows, **dials):
-        last = step
-    return last.z.float()
-
-
-def _top(inversion, strength, offsets):
-    _check_range("strength", strength)
-    if offsets not in ("both", "source") or (offsets == "source" and inversion.eta > 0):
-        raise ValueError(f"offsets is {offsets!r}; take 'both', or 'source' where eta is 0")
-    top = round(strength * inversion.num_steps)
-    return min(top, inversion.num_steps - 1) if inversion.gamma else top
-
-
-def _predictor(model, edits, cond, guidance_scale, guidance_from, predict):
-    """A function of (z, k): guided noise (R, C, h, w) at level k + 1, from one U-Net call."""
-    num_edits, times = len(edits.film_ids), levels(model, edits.num_steps)
-    if cond.ndim not in (3, 4) or cond.shape[-3] != num_edits:
-        raise ValueError(f"cond is {tuple(cond.shape)}; give a target for each of {num_edits} rows")
-    cond = cond.reshape(-1, *cond.shape[-3:])  # (J, R, L, D)
-    weights = torch.as_tensor(guidance_scale, dtype=torch.float32, device=cond.device)
-    if not (weights.abs() <= RANGES["guidance_scale"][1]).all():
-        raise ValueError(f"guidance_scale is {guidance_scale}; it must lie from -50 to 50")
-    weights = weights.broadcast_to(cond.shape[:2])[..., None, None, None]  # (J, R, 1, 1, 1)
-    base = _base(model, edits, guidance_from or edits.guidance_from)  # (N or 1, R, L, D)
-    alone = len(cond) == 1 and bool((weights == 1).all())
-
-    def noise(z, k, source, own):
-        start = [] if alone else [base[min(k, len(base) - 1)]]
-        texts = [*start, *([] if own is None else [own]), *cond]
-        latents = torch.cat([*[z for _ in start], source, *[z for _ in cond]]).float()
-        eps = predict(model, latents, times[k + 1], torch.cat(texts))
-        targets = eps[-len(cond) * len(z) :].view(len(cond), *z.shape)
-        if alone:
-            return targets[0]
-        return eps[: len(z)] + (weights * (targets - eps[: len(z)])).sum(0)
-
-    return noise
-
-
-def _base(model, edits, guidance_from):
-    """Embeddings (N or 1, R, L, D) from which guidance starts."""
-    if guidance_from not in GUIDANCE_FROM or (guidance_from == "tuned" and edits.uncond is None):
-        raise ValueError(
-            f"guidance_from is {guidance_from!r}; it must be one of {', '.join(GUIDANCE_FROM)} "
-            "(tuned: after null_text only)"
-        )
-    if guidance_from == "tuned":
-        return edits.uncond
-    empty = [""] * len(edits.captions)
-    return embed_captions(model, empty if guidance_from == "empty" else edits.captions)[None]

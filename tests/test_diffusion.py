@@ -36,7 +36,7 @@ from prism_nb.diffusion import (
     weights_hash,
 )
 from prism_nb.files import read_json, write_json
-from prism_nb.inversion import ddim_sample
+from prism_nb.regeneration import ddim_sample
 
 
 def noise(seed, shape=(2, 8, 8, 8)):

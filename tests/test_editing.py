@@ -21,8 +21,9 @@ from prism_nb.diffusion import (
     load_model,
     predict_noise,
 )
-from prism_nb.editing import PRESETS, _job, choose, counterfactuals, edit
-from prism_nb.inversion import invert, levels, load_inversion, regenerate
+from prism_nb.editing import PRESETS, _job, choose, edit
+from prism_nb.inversion import invert, levels, load_inversion
+from prism_nb.regeneration import regenerate
 
 CAPTIONS = ["chest x-ray showing edema", "chest x-ray", "chest x-ray showing pleural effusion"]
 OTHER = ["chest x-ray", "chest x-ray showing support devices", "normal chest x-ray"]
@@ -435,10 +436,3 @@ def test_films_and_inversions_that_do_not_fit_are_refused(model, films):
         model.unet.conv_out.bias.add_(1)
     with pytest.raises(ValueError, match="is of another model"):
         edit(model, inversion, films, range(3), OTHER)
-
-
-def test_counterfactuals_are_plain_edits_from_the_empty_caption(calm, films):
-    inversion = inverted(calm, films, "ddim")
-    made = counterfactuals(calm, inversion, [2, 0], OTHER[:2], 3.0, batch_size=1)
-    dials = {"guidance_scale": 3.0, "guidance_from": "empty", "mask": "none"}
-    close(made, edit(calm, inversion, films, [2, 0], OTHER[:2], **dials).films)

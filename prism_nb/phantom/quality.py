@@ -22,10 +22,10 @@ from prism_nb.classifiers import build_classifier, fit, predict, score_heads
 from prism_nb.diffusion import decode_latents, embed_captions, encode_films, load_model
 from prism_nb.files import write_json
 from prism_nb.images import load_films, uint8_to_unit
-from prism_nb.inversion import ddim_sample
 from prism_nb.metrics import bootstrap_interval, psnr
 from prism_nb.phantom import DEVICE_KINDS, render, sample_patient
 from prism_nb.phantom.pretrain import MAIN, UNCONFOUNDED
+from prism_nb.regeneration import ddim_sample
 from prism_nb.scoring import load_clip
 
 UNSEEN, JUDGE = 2_000_003, 3_000_017  # populations: of the films measured on, of the judge's
