@@ -15,6 +15,10 @@ from transformers import AutoModel, AutoTokenizer
 from prism_nb.diffusion import ModelError, locate
 from prism_nb.files import read_json
 
+# Encoders by a short name: the paper's, and one trained on medical images, chest films among them
+# (gated: its terms are accepted on the hub). Any CLIP or SigLIP of transformers does as well.
+ENCODERS = {"openai": "openai/clip-vit-large-patch14", "medsiglip": "google/medsiglip-448"}
+
 
 class ClipScorer:
     """A CLIP with its image and text sides, and the score of Eq. 1."""
@@ -44,13 +48,18 @@ class ClipScorer:
     @torch.no_grad()
     def embed_texts(self, texts):
         """Unit embeddings (B, D) of captions."""
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(
-            self.clip.device
-        )
-        features = self.clip.get_text_features(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
-        )
-        return F.normalize(_pooled(features), dim=-1)
+        config, how = self.clip.config, {"truncation": True, "return_tensors": "pt"}
+        if config.model_type.startswith("siglip"):  # reads its last place, padding included
+            how |= {
+                "padding": "max_length",
+                "max_length": config.text_config.max_position_embeddings,
+            }
+            given = {"input_ids": self.tokenizer(list(texts), **how).input_ids}
+        else:
+            tokens = self.tokenizer(list(texts), padding=True, **how)
+            given = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+        given = {name: value.to(self.clip.device) for name, value in given.items()}
+        return F.normalize(_pooled(self.clip.get_text_features(**given)), dim=-1)
 
     def s_clip(self, factual, counterfactual, source, target):
         """S_CLIP (B,) in [-1, 1] of edits: films X and X', captions T and T'."""
@@ -73,8 +82,11 @@ def _pooled(features):
 
 
 def load_clip(clip_model, base_model, device):
-    """Load CLIP from "base" (the base model's clip/ folder), another folder, or the hub."""
-    folder = locate(base_model if clip_model == "base" else clip_model)
+    """Load CLIP from "base" (the base model's clip/ folder), ENCODERS, a folder, or the hub.
+
+    Raises ModelError, in one line, for what is missing or is no model of image and text.
+    """
+    folder = locate(base_model if clip_model == "base" else ENCODERS.get(clip_model, clip_model))
     if clip_model == "base":
         if not (Path(folder) / "clip").is_dir():
             raise ModelError(
@@ -86,6 +98,11 @@ def load_clip(clip_model, base_model, device):
     try:
         clip = AutoModel.from_pretrained(folder, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(tokens)
+        clip.get_text_features, clip.get_image_features  # noqa: B018
+    except AttributeError:
+        raise ModelError(
+            f"{clip_model} is a {type(clip).__name__}: give a CLIP or SigLIP"
+        ) from None
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot load CLIP {clip_model}: {str(error).strip().splitlines()[0][:160]}"
