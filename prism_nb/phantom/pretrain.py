@@ -488,14 +488,15 @@ def cached_latents(folder, work, films):
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-def fit_unet(folder, work, films, labels, steps, batch_size=16):
+def fit_unet(folder, work, films, labels, steps, start=None, batch_size=16):
     """Noise prediction (Algorithm 1) on cached latents, 10 % empty captions, EMA kept.
 
     A film and its twin share noise, timestep and way of captioning, so that what differs between
     them is what the caption says. Losses are weighted by min-SNR (Hang et al. 2023, gamma 5).
-    Under torchrun each process takes its share of a batch.
+    Under torchrun each process takes its share of a batch. start: a base whose U-Net to go on from;
+    it must have been trained on the same VAE and text encoder.
     """
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMScheduler, UNet2DConditionModel
     from diffusers.training_utils import EMAModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -506,7 +507,10 @@ def fit_unet(folder, work, films, labels, steps, batch_size=16):
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     latents = cached_latents(folder, work, films)
-    unet, texts = tiny_unet(latents.shape[-1]).to(memory_format=torch.channels_last), {}
+    unet, texts = tiny_unet(latents.shape[-1]), {}
+    if start:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(start / "unet").state_dict())
+    unet.to(memory_format=torch.channels_last)
     ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     rank, world = rank_and_world()
     share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
@@ -521,6 +525,7 @@ def fit_unet(folder, work, films, labels, steps, batch_size=16):
         return torch.stack([texts[word] for word in words]).float()
 
     def loss_of(step):
+        step += 1_000_000 * bool(start)  # other draws than those that `start` was trained on
         rng, generator = np.random.default_rng((13, step)), torch.Generator().manual_seed(step)
         rows, words = twins(rng, len(latents), batch_size // 2), []
         for film, twin in rows.reshape(-1, 2):
@@ -537,7 +542,8 @@ def fit_unet(folder, work, films, labels, steps, batch_size=16):
             eps = unet(noisy, t, encoder_hidden_states=cond).sample
         return (weight[t] * (eps.float() - noise).square().mean((1, 2, 3))).mean()
 
-    train(unet, list(unet.parameters()), loss_of, steps, 8e-4, work, "unet", ema=ema)
+    rate = 5e-4 if start else 8e-4
+    train(unet, list(unet.parameters()), loss_of, steps, rate, work, "unet", ema=ema)
     ema.copy_to(unet.parameters())
     if rank == 0:
         unet.save_pretrained(folder / "unet")
@@ -580,7 +586,7 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--num-patients", type=int, default=3600)
     parser.add_argument("--films", type=Path, help="folder of real films for the VAE")
-    parser.add_argument("--start", type=Path, help="base whose VAE to go on from")
+    parser.add_argument("--start", type=Path, help="base whose VAE and U-Net to go on from")
     parser.add_argument("--vae-steps", type=int, default=1900)
     parser.add_argument("--decoder-steps", type=int, default=600)
     parser.add_argument("--clip-steps", type=int, default=1600)
@@ -607,7 +613,7 @@ def main(argv=None):
     finish_folder(folder)
     settle(folder)
     if not (folder / "unet").is_dir():
-        fit_unet(folder, work, films, labels, args.unet_steps)
+        fit_unet(folder, work, films, labels, args.unet_steps, args.start)
     halve(folder)
     log.info("done: %s", folder)
 
