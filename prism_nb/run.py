@@ -11,6 +11,7 @@ Used by every notebook.
 """
 
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -28,6 +29,8 @@ from prism_nb.files import atomic_path, plain, read_json, sha256_file, write_jso
 from prism_nb.params import MODELS, PATH_KEYS, ParamError, check_key, notebook_name, validate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pandas
 
 TOKEN_VARIABLE = "PRISM_NB_STEP"  # set by `prism-nb run`: this execution, and no other
@@ -209,6 +212,18 @@ class Run:
             return torch.cuda.max_memory_allocated() / 2**30
         unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+    @classmethod
+    def measure(cls, work: Callable) -> tuple:
+        """What `work` returns, its seconds, and the most memory (GiB) that was held meanwhile."""
+        torch = sys.modules.get("torch")
+        if torch and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        with contextlib.suppress(OSError):  # Linux alone can forget the peak before
+            Path("/proc/self/clear_refs").write_text("5")
+        started = time.perf_counter()
+        result = work()
+        return result, time.perf_counter() - started, cls.peak_memory()
 
 
 def project_root() -> Path:

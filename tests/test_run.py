@@ -175,3 +175,14 @@ def test_a_full_disk_is_not_a_success(folder):
     os.symlink("/dev/full", folder / "steps" / "03_invert.json")
     run.finish()  # the rename replaces the link, whatever it pointed at
     assert read_json(record_path(folder, "03_invert"))["notebook"] == "03_invert"
+
+
+def test_work_is_measured_by_itself():
+    def work():
+        kept = np.ones(64 * 2**20, np.uint8)  # 64 MiB
+        return int(kept[0])
+
+    before = Run.peak_memory()
+    result, seconds, most = Run.measure(work)
+    assert result == 1 and seconds > 0
+    assert 0 < most < before + 0.2
