@@ -214,7 +214,7 @@ class Run:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
     @classmethod
-    def measure(cls, work: Callable) -> tuple:
+    def measure(cls, work: "Callable") -> tuple:
         """What `work` returns, its seconds, and the most memory (GiB) that was held meanwhile."""
         torch = sys.modules.get("torch")
         if torch and torch.cuda.is_available():
