@@ -12,21 +12,24 @@ import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from prism_nb.columns import CohortError
 from prism_nb.files import atomic_path, read_json, write_json
 from prism_nb.findings import FINDINGS, PAPER_HEADS, PRESENT, resolve_labels
 from prism_nb.images import ImageError, check_image
-from prism_nb.layouts import CohortError, read_labels
+from prism_nb.layouts import LAYOUTS, read_labels
 
 VIEWS = ("frontal", "all")
 COLUMNS = ("film_id", "path", "patient_id", "split", "Sex", "Age", "view", *FINDINGS)
 REJECTED = {"row": "int64", "path": "str", "reason": "str"}
 TABLE1_ROWS = {"Train": "train", "Validation": "val", "Test": "test"}
 DECODE_UP_TO = 20_000  # films; a larger set has only its headers looked at
+ENDINGS = ("", ".png", ".jpg", ".dcm", ".dicom")  # "": as the CSV says
 
 
 @dataclass
@@ -54,6 +57,7 @@ def load_cohort(
 ) -> Cohort:
     """Read a labels CSV and the films it names.
 
+    csv may also be a folder of DICOM files, which have no labels but those of extra_csv.
     image_root: folder the paths start from, the CSV's own by default. max_films: a random choice
     of so many films (0 = all), the same for the same seed. check_images=False opens no file, and
     so does not follow links either. Raises CohortError if nothing usable is left, and why.
@@ -85,7 +89,8 @@ def load_cohort(
 
 
 def _image_root(csv, image_root):
-    root = Path(image_root).expanduser() if image_root else csv.parent
+    root = csv if csv.is_dir() else csv.parent
+    root = Path(image_root).expanduser() if image_root else root
     if not root.is_dir():
         raise CohortError(f"There is no image folder {root}; image_root must be a folder.")
     return root.resolve()
@@ -117,7 +122,8 @@ def _place(raw, root, layout):
     first = raw.loc[fine].groupby("path")["row"].transform("first")
     again = paths.index[first != raw.loc[fine, "row"]]
     raw.loc[again, "reason"] = "the same image as in line " + first[again].astype(str) + "."
-    raw["film_id"] = _film_ids(raw.loc[raw["reason"] == "", "path"], layout)
+    if layout != "dicom":  # which has named its films: their paths may hold names of people
+        raw["film_id"] = _film_ids(raw.loc[raw["reason"] == "", "path"], LAYOUTS[layout].film_id)
     return raw
 
 
@@ -135,7 +141,8 @@ def _find_nih(names, root):
 def _find_by_prefix(paths, root, num_probes=50):
     """Drop the leading folders the root lacks or repeats, or put a subfolder of it in front.
 
-    The few likeliest ways are tried on a sample; the one that finds most files is used for all.
+    Where that finds no file, with another ending: films are handed on converted. The few likeliest
+    ways are tried on a sample; the one that finds most files is used for all.
     """
     if paths.empty:
         return paths
@@ -144,25 +151,33 @@ def _find_by_prefix(paths, root, num_probes=50):
     def found(way):
         return sum(os.path.isfile(root / path) for path in _rebase(sample, *way))
 
-    ways = [(drop, "") for drop in range(4)]
-    best = max(ways, key=found)  # the first of equals: as it stands
-    if not found(best):
-        folders = sorted(folder.name for folder in root.iterdir() if folder.is_dir())[:20]
-        best = max([(0, ""), *((n, f"{f}/") for f in folders for n in range(4))], key=found)
-    return _rebase(paths, *best)
+    subfolders = [""]
+    subfolders += [f"{each.name}/" for each in sorted(root.iterdir()) if each.is_dir()][:20]
+    for ending, folders in product(ENDINGS, ([""], subfolders)):
+        best = max(product(range(4), folders, [ending]), key=found)  # the first of equals
+        if found(best):
+            return _rebase(paths, *best)
+    return paths
 
 
-def _rebase(paths, drop, prefix):
-    return prefix + paths.str.replace(rf"^(?:[^/]+/){{{drop}}}", "", regex=True)
+def _rebase(paths, drop, folder, ending):
+    paths = folder + paths.str.replace(rf"^(?:[^/]+/){{{drop}}}", "", regex=True)
+    return paths.str.replace(r"\.[A-Za-z0-9]+$", ending, regex=True) if ending else paths
 
 
-def _film_ids(paths, layout):
-    """Name films by their path, without folders that say nothing: patient00001_study1_view1_..."""
+def _film_ids(paths, start):
+    """Name films by their path, without folders that say nothing: patient00001_study1_view1_...
+
+    start: at the "path", the "patient" or the file's "name". Films in DICOM of one's own (start
+    "path") are named by a hash, as their paths may hold names of people.
+    """
     stems = paths.str.replace(r"\.[A-Za-z0-9]+$", "", regex=True)
-    if layout == "chexpert":
+    if start == "patient":
         stems = stems.str.replace(r"^.*?(patient\d+/)", r"\1", regex=True)
-    if layout == "nih":
+    if start == "name":
         stems = stems.str.replace(r"^.*/", "", regex=True)
+    own = paths.str.contains(r"\.(?:dcm|dicom)$", case=False) & (start == "path")
+    stems[own] = paths[own].map(lambda path: f"film_{_digest(path):016x}")
     ids = stems.str.replace(r"[^A-Za-z0-9.-]+", "_", regex=True).str.lstrip("._-")
     unclear = ids.str.lower().duplicated(keep=False) | (ids == "") | (ids.str.len() > 100)
     marks = paths[unclear].map(lambda path: f"-{_digest(path):016x}"[:9])

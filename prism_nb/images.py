@@ -4,7 +4,7 @@ Section 3.1 of the paper works at 512 x 512. Three ranges exist and every functi
   uint8  (H, W) in [0, 255]      on disk and in memory
   unit   (H, W) in [0, 1]        float32, one grey channel: metrics, figures
   sd     (B, 3, H, W) in [-1, 1] what Stable Diffusion's VAE takes and gives
-B batch, H = W = image size. Only PNG and JPEG are opened, never more than max_pixels of them.
+B batch, H = W = image size. PNG, JPEG and DICOM are opened, never more than max_pixels of them.
 Used by notebooks 01 to 06.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from prism_nb import dicom
 from prism_nb.files import atomic_path
 
 MAX_PIXELS = 100_000_000
@@ -24,6 +25,7 @@ FORMATS = ("PNG", "JPEG")
 MODES_16 = ("I;16", "I;16B", "I;16L", "I")  # "I" is how older Pillow opens a 16-bit PNG
 MODES_8 = ("L", "RGB", "RGBA", "LA", "La", "P", "PA", "1")
 FITS = ("squash", "crop", "pad")
+FULL_SCALE = "Full scale"  # a text chunk: the brightest value that the pixels of a file can have
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError)
 _BROKEN += (struct.error, zlib.error)  # everything Pillow raises on a damaged file
@@ -38,10 +40,10 @@ class ImageError(ValueError):
 
 
 def load_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read a PNG or JPEG as one grey channel.
+    """Read a PNG, JPEG or DICOM file as one grey channel.
 
-    Returns float32 (H, W) in [0, 1]. 16-bit files are divided by the full scale of the bits they
-    use (10, 12, 14 or 16), never clipped; alpha is laid over black.
+    Returns float32 (H, W) in [0, 1]. 16-bit files are divided by their full scale: the one they
+    say, else that of the bits they use (10, 12, 14 or 16); alpha is laid over black.
     Raises ImageError for a missing, damaged, over-large or unsupported file.
     """
     with _open(path, max_pixels) as image:
@@ -86,13 +88,16 @@ def load_films(
 
 def check_image(path: Path | str, decode: bool = True, max_pixels: int = MAX_PIXELS) -> None:
     """Raise ImageError if the file could not be used; decode=False looks at the header only."""
-    with _open(path, max_pixels) as image:
+    with _open(path, max_pixels, decode) as image:
         if decode:
             _load(image, path)
 
 
-def _open(path, max_pixels):
-    """Open a file lazily: only its header is read, so that bombs are refused before decoding."""
+def _open(path, max_pixels, decode=True):
+    """Open a file lazily: only its header is read, so that bombs are refused before decoding.
+
+    A DICOM file is what Pillow cannot open; it becomes an image of mode F, decoded if decode.
+    """
     path = Path(path)
     try:
         if path.stat().st_size == 0:
@@ -105,8 +110,10 @@ def _open(path, max_pixels):
     except PermissionError:
         raise ImageError("reading it is not permitted.", path) from None
     except Image.UnidentifiedImageError:
+        if dicom.is_dicom(path):
+            return _open_dicom(path, max_pixels, decode)
         raise ImageError(
-            "this is not a PNG or JPEG file, or its header is damaged.", path
+            "this is not a PNG or JPEG, nor DICOM, or its header is damaged.", path
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"it claims more than {max_pixels:,} pixels.", path) from None
@@ -125,6 +132,16 @@ def _open(path, max_pixels):
     return image
 
 
+def _open_dicom(path, max_pixels, decode):
+    try:
+        if decode:
+            return Image.fromarray(dicom.read_film(path, max_pixels))  # in [0, 1]
+        dicom.check_film(path, max_pixels)
+    except dicom.DicomError as error:
+        raise ImageError(str(error), path) from None
+    return Image.new("F", (1, 1))
+
+
 def _load(image, path):
     try:
         image.load()
@@ -137,7 +154,9 @@ def _grey(image, path):
     _load(image, path)
     if image.mode in MODES_16:  # convert("L") would clip everything above 255
         values = np.asarray(image).astype(np.float32)
-        return np.clip(values / _full_scale(values.max()), 0, 1)
+        return np.clip(values / _full_scale(values.max(), image.info), 0, 1)
+    if image.mode == "F":
+        return np.asarray(image)
     if image.mode in ("P", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
     if image.mode in ("RGBA", "LA", "La"):
@@ -147,8 +166,10 @@ def _grey(image, path):
     return np.asarray(image.convert("L")).astype(np.float32) / 255
 
 
-def _full_scale(maximum):
-    """Guess the bits of a 16-bit file from its maximum: detectors write 10, 12, 14 or 16."""
+def _full_scale(maximum, info):
+    """What a 16-bit file says, or the bits guessed from its maximum: detectors use 10 to 16."""
+    if info.get(FULL_SCALE) == "65535":
+        return 65535
     return next((2**bits - 1 for bits in (8, 10, 12, 14) if maximum < 2**bits), 65535)
 
 
@@ -218,6 +239,15 @@ def uint8_to_unit(images: np.ndarray) -> np.ndarray:
 
 def unit_to_uint8(images) -> np.ndarray:
     """Turn [0, 1] (numpy, or torch on any device) into uint8: clipped, halves rounded up."""
+    return _unit_to_integers(images, np.uint8)
+
+
+def unit_to_uint16(images) -> np.ndarray:
+    """Turn [0, 1] (numpy, or torch on any device) into uint16, as unit_to_uint8 does."""
+    return _unit_to_integers(images, np.uint16)
+
+
+def _unit_to_integers(images, dtype):
     if hasattr(images, "detach"):
         images = images.detach().float().cpu().numpy()
     images = np.asarray(images)
@@ -225,24 +255,27 @@ def unit_to_uint8(images) -> np.ndarray:
         raise ImageError(f"images are {images.dtype}; floats in [0, 1] are needed.")
     if not np.isfinite(images).all():
         raise ImageError("images hold NaN or infinity; finite values in [0, 1] are needed.")
-    return np.floor(np.clip(images, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return np.floor(np.clip(images, 0, 1) * np.iinfo(dtype).max + 0.5).astype(dtype)
 
 
 def save_png(path: Path | str, image, text: dict | None = None) -> None:
     """Write a film as PNG, atomically, with text chunks for its provenance.
 
-    image: uint8, or floats in [0, 1]; (H, W) grey or (H, W, 3) colour. text: dict of strings.
+    image: uint8, or floats in [0, 1] (written as uint8); (H, W) grey or (H, W, 3) colour; or uint16
+    (H, W), written in 16 bits with its full scale. text: dict of strings.
     """
     if hasattr(image, "detach"):
         image = image.detach().float().cpu().numpy()
     image = np.asarray(image)
-    if image.dtype != np.uint8:
+    if image.dtype not in (np.uint8, np.uint16):
         _check_unit(image)
         image = unit_to_uint8(image)
-    if image.ndim != 2 and not (image.ndim == 3 and image.shape[2] == 3):
+    colour = image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+    if image.ndim != 2 and not colour:
         raise ImageError(f"save_png takes (H, W) or (H, W, 3); it was given {image.shape}.", path)
+    full_scale = {FULL_SCALE: "65535"} if image.dtype == np.uint16 else {}
     chunks = PngImagePlugin.PngInfo()
-    for key, value in (text or {}).items():
+    for key, value in {**full_scale, **(text or {})}.items():
         chunks.add_text(str(key), str(value))
     with atomic_path(path) as temporary:
         Image.fromarray(image).save(temporary, format="PNG", pnginfo=chunks)

@@ -1,49 +1,63 @@
 """Labels CSV -> one raw table, whatever the data set calls its columns.
 
-Three layouts: CheXpert (`Path, Sex, Age, Frontal/Lateral, AP/PA` and 14 labels), NIH ChestX-ray14
-(`Image Index, Finding Labels, Patient ID, ...`) and a plain CSV (`path` and any of the findings).
-The raw table has a row a film: row (line in the CSV, the header is line 1), path, patient_id,
-Sex, Age, view, frontal, the 14 labels as 1, 0, -1 or NaN, and the reason to reject it ("" = none).
-Nothing here touches an image. Used by cohort.py.
+LAYOUTS, at the end, is the table of what sets the data sets apart; one short function each turns
+its columns into ours (columns.py says what the raw table holds). What a data set labels in its own
+words becomes CheXpert's 14 findings; what it never labels stays missing under every policy.
+Nothing here touches an image, but for the headers of a folder of DICOM. Used by cohort.py.
 """
 
 import re
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from prism_nb.findings import FINDINGS, finding_from, invalid_labels, is_finding, nearest, slug
+from prism_nb import dicom
+from prism_nb.columns import (
+    CohortError,
+    first_of,
+    join_key,
+    label_values,
+    raw_table,
+    read_table,
+    reject,
+)
+from prism_nb.findings import FINDINGS, finding_from, is_finding, nearest, slug
 
-LAYOUTS = ("auto", "chexpert", "nih", "plain")
-IMAGE_COLUMN = {"chexpert": "Path", "nih": "Image Index", "plain": "path"}
-CHEXPERT_NEEDS = ("Path", "Frontal/Lateral", *FINDINGS)
-NIH_NEEDS = ("Image Index", "Finding Labels", "Patient ID")
-
-NIH_FINDINGS = {  # NIH's label -> CheXpert's; None: no home among the 14
-    "No Finding": "No Finding",
-    "Atelectasis": "Atelectasis",
-    "Cardiomegaly": "Cardiomegaly",
-    "Consolidation": "Consolidation",
-    "Edema": "Edema",
-    "Effusion": "Pleural Effusion",
-    "Infiltration": "Lung Opacity",
-    "Mass": "Lung Lesion",
-    "Nodule": "Lung Lesion",
-    "Pleural_Thickening": "Pleural Other",
-    "Pneumonia": "Pneumonia",
-    "Pneumothorax": "Pneumothorax",
-    "Emphysema": None,
-    "Fibrosis": None,
-    "Hernia": None,
+SYNONYMS = {  # finding -> what NIH or VinDr-CXR call it, where they do not use the same words
+    "Fracture": ("clavicle_fracture", "rib_fracture"),
+    "Lung Opacity": ("ild", "infiltration"),
+    "Lung Lesion": ("lung_cavity", "lung_tumor", "mass", "nodule", "nodule_mass"),
+    "Pleural Effusion": ("effusion",),
+    "Pleural Other": ("pleural_thickening",),
 }
+NIH_LABELS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema")
+NIH_LABELS += ("Fibrosis", "Hernia", "Infiltration", "Mass", "No Finding", "Nodule")
+NIH_LABELS += ("Pleural_Thickening", "Pneumonia", "Pneumothorax")
 NIH_UNLABELLED = ("Enlarged Cardiomediastinum", "Fracture", "Support Devices")
-
-
-class CohortError(ValueError):
-    """A cohort that cannot be read, split or used, and what to do about it."""
+VINDR_BOXED = ("No Finding", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Consolidation")
+VINDR_BOXED += ("Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other")
+PADCHEST_FINDINGS = {  # finding -> those of PadChest's 193 labels that mean it (whole label)
+    "No Finding": "normal",
+    "Enlarged Cardiomediastinum": "(superior )?mediastinal enlargement",
+    "Cardiomegaly": "cardiomegaly",
+    "Lung Opacity": "infiltrates|increased density|miliary opacities|air bronchogram"
+    "|.*(interstitial|alveolar|ground glass) pattern",
+    "Lung Lesion": "nodule|multiple nodules|pulmonary mass|cavitation|lung metastasis",
+    "Edema": "pulmonary edema",
+    "Consolidation": "consolidation",
+    "Pneumonia": "(atypical )?pneumonia",
+    "Atelectasis": ".*atelectasis.*",
+    "Pneumothorax": "(hydro)?pneumothorax",
+    "Pleural Effusion": "(loculated )?(pleural|fissural) effusion|hydropneumothorax|empyema",
+    "Pleural Other": ".*pleural (thickening|plaques|mass)",
+    "Fracture": ".*fracture",
+    "Support Devices": ".* (tube|device|stent)|.*catheter.*|pacemaker|dai|artificial.* heart valve"
+    "|osteosynthesis material|(humeral |aortic endo|endo)?prosthesis",
+}
+PADCHEST_SAYS_NOTHING = {"", "unchanged", "suboptimal study"}
 
 
 @dataclass
@@ -51,93 +65,148 @@ class Labels:
     """A labels CSV as read: the raw table, its layout, and what was assumed on the way."""
 
     raw: pd.DataFrame
-    layout: str
     blank_columns: list  # the policy for blanks holds here; elsewhere NaN means never labelled
     notes: list = field(default_factory=list)
+    layout: str = ""
 
 
 def read_labels(csv: Path, layout: str = "auto", extra_csv: Path | None = None) -> Labels:
-    """Read a labels CSV of any layout, and further labels from extra_csv.
+    """Read a labels CSV of any layout, or the headers of a folder of DICOM, and further labels.
 
-    extra_csv is joined on the image column; its columns that name a finding fill that finding
+    extra_csv is joined on the layout's key; its columns that name a finding fill that finding
     (a value there wins over the main CSV, a blank changes nothing).
     Raises CohortError for a missing or unreadable file, a missing column, an unknown layout.
     """
-    if layout not in LAYOUTS:
-        raise CohortError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}.")
-    table = _read_csv(csv, "labels CSV")
-    layout = _detect(table.columns) if layout == "auto" else layout
-    labels = {"chexpert": _chexpert, "nih": _nih, "plain": _plain}[layout](table, Path(csv))
-    labels.raw.insert(0, "row", table.index + 2)
+    csv = Path(csv)
+    if layout not in ("auto", *LAYOUTS):
+        raise CohortError(f"layout is {layout!r}; it must be one of auto, {', '.join(LAYOUTS)}.")
+    if csv.is_dir():
+        if layout not in ("auto", "dicom"):
+            raise CohortError(f"{csv} is a folder; the {layout} layout needs a CSV.")
+        layout, labels = "dicom", _dicom(csv)
+    elif layout == "dicom":
+        raise CohortError(f"{csv} is no folder; the dicom layout needs a folder of DICOM files.")
+    else:
+        table = read_table(csv, "labels CSV")
+        layout = _detect(table.columns) if layout == "auto" else layout
+        if layout != "plain":  # which spells its columns as it likes
+            _need(table.columns, LAYOUTS[layout].columns(table.columns), csv, layout)
+        labels = LAYOUTS[layout].read(table, csv)
+    labels.layout = layout
+    labels.raw.insert(0, "row", labels.raw.index + 2)
     if extra_csv:
         _fill_from(labels, Path(extra_csv))
     return labels
 
 
-def _read_csv(path, what):
-    """Read a CSV as text, every cell stripped, blank lines dropped; the index keeps line order."""
-    path = Path(path)
-    if not path.is_file():
-        raise CohortError(f"There is no {what} at {path}; check the path.")
-    options = {"dtype": str, "index_col": False, "skip_blank_lines": False}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(path, encoding="utf-8-sig", **options)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CohortError(f"{path} is not a CSV that can be read ({reason}); repair it.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CohortError(f"{path} cannot be read ({error}); save it as UTF-8 text.") from None
-    table.columns = table.columns.str.strip()
-    table = table.dropna(how="all")
-    if table.empty:
-        raise CohortError(f"{path} has a header but no rows; a film a row is needed.")
-    return table.apply(lambda column: column.str.strip()).replace("", np.nan)
-
-
 def _detect(columns):
     """Tell the layout from the columns, tolerating one that is missing or misspelt."""
-    labels = sum(name in columns for name in FINDINGS)
-    chexpert = sum(name in columns for name in ("Path", "Frontal/Lateral", "AP/PA"))
-    nih = sum(name in columns for name in (*NIH_NEEDS, "View Position"))
-    if chexpert + (labels >= len(FINDINGS) // 2) >= 2:
-        return "chexpert"
-    return "nih" if nih >= 2 else "plain"
+    if "path" in columns:  # a word that no data set uses
+        return "plain"
+    marked = {name: layout for name, layout in LAYOUTS.items() if layout.marks}
+    shares = {name: _share(each.columns(columns), columns) for name, each in marked.items()}
+    best = max(shares, key=shares.get)
+    return best if shares[best] > 0.5 else "plain"
 
 
-def _need(columns, names, csv, layout):
-    for name in names:
-        if name not in columns:
-            raise CohortError(
-                f"{csv} has no column {name!r}; the nearest present is "
-                f"{nearest(name, columns)!r}. The {layout} layout needs: {', '.join(names)}."
-            )
+def _share(names, columns):
+    return sum(name in columns for name in names) / len(names)
 
 
-def _raw(table, path, patient, view, frontal):
-    """Start the raw table; the labels follow."""
-    raw = pd.DataFrame(index=table.index)
-    raw["path"] = _posix(path)
-    raw["patient_id"] = patient
-    raw["Sex"] = _sex(_first_of(table, "Sex", "Patient Gender", "Patient Sex"))
-    raw["Age"] = _age(_first_of(table, "Age", "Patient Age"))
-    raw["view"] = view.where(view.isin(["PA", "AP"]), "")
-    raw["frontal"] = frontal
-    raw["reason"] = ""
-    return raw
+def _need(columns, names, csv, who):
+    """Raise CohortError if a column is missing: it is misspelt, or the CSV another data set's.
+
+    who: the layout, or another word for what needs the columns.
+    """
+    missing = next((name for name in names if name not in columns), "")
+    if not missing:
+        return
+    start = f"{csv} has no column {missing!r}; "
+    likely = _detect(columns)
+    if who in LAYOUTS and likely not in ("plain", who):
+        raise CohortError(f"{start}it looks like {likely}: set layout to {likely} or auto.")
+    raise CohortError(
+        f"{start}the nearest present is {nearest(missing, columns)!r}. "
+        f"The {who} layout needs: {', '.join(names)}."
+    )
 
 
 def _chexpert(table, csv):
-    """CheXpert's columns; the patient only exists in the path (patientNNNNN)."""
-    _need(table.columns, CHEXPERT_NEEDS, csv, "chexpert")
+    """CheXpert v1.0 and -small: the patient only exists in the path (patientNNNNN).
+
+    "Frontal/Lateral" decides what is frontal: 17 frontal films have LL or RL as AP/PA.
+    """
     patient = table["Path"].str.extract(r"(patient\d+)", expand=False)
     frontal = table["Frontal/Lateral"].str.lower() == "frontal"
-    raw = _raw(table, table["Path"], patient, _first_of(table, "AP/PA"), frontal)
-    _reject(raw, patient.isna() & table["Path"].notna(), "the path names no patientNNNNN.")
+    raw = raw_table(table, table["Path"], patient, table["AP/PA"], frontal)
+    reject(raw, patient.isna() & table["Path"].notna(), "the path names no patientNNNNN.")
+    _need(table.columns, FINDINGS, csv, "chexpert")
+    _read_columns(raw, table)
+    return Labels(raw, list(FINDINGS))
+
+
+def _read_columns(raw, table):
     for finding in FINDINGS:
-        raw[finding] = _numbers(table[finding], finding, raw)
-    return Labels(raw, "chexpert", list(FINDINGS))
+        raw[finding] = label_values(table[finding], finding, raw)
+
+
+def _chexpert_plus(table, csv):
+    """CheXpert Plus: films in the CSV, CheXbert's labels of their reports in a file of JSON lines.
+
+    Of the three files that of the impression is read: the findings' calls every film normal, the
+    whole report's tells of earlier films as well.
+    """
+    found = csv.with_name("impression_fixed.json")
+    found = found if found.is_file() else csv.parent / "chexbert_labels" / found.name
+    frontal = table["frontal_lateral"].str.lower() == "frontal"
+    view, patient = first_of(table, "ap_pa"), table["deid_patient_id"]
+    raw = raw_table(table, table["path_to_image"], patient, view, frontal)
+    return _with_labels(raw, read_table(found, "file of labels"), found, "path_to_image")
+
+
+def _mimic(table, csv):
+    """MIMIC-CXR-JPG: films in the metadata CSV, labels a study in the chexpert or negbio CSV.
+
+    Either of the two is given; the other lies beside it, packed or not. Only PA and AP are frontal:
+    views such as LATERAL, AP AXIAL or none are not. Sex and age stand in MIMIC-IV, not here.
+    """
+    is_films = "dicom_id" in table.columns
+    swap = ("-metadata", "-chexpert") if is_films else (r"-(chexpert|negbio)", "-metadata")
+    other = csv.with_name(re.sub(*swap, csv.name.removesuffix(".gz")))
+    other = other if other.is_file() else other.with_name(f"{other.name}.gz")
+    pair = {csv: table, other: read_table(other, "other half of MIMIC-CXR-JPG, a CSV")}
+    films_csv, labels_csv = (csv, other) if is_films else (other, csv)
+    films = pair[films_csv]
+    _need(films.columns, LAYOUTS["mimic"].columns(["dicom_id"]), films_csv, "mimic")
+    subject, study = "p" + films["subject_id"], "s" + films["study_id"]
+    path = "files/" + subject.str[:3] + "/" + subject + "/" + study + "/" + films["dicom_id"]
+    view, key = films["ViewPosition"].str.upper(), join_key(films, ("subject_id", "study_id"))
+    raw = raw_table(films, path + ".jpg", subject, view, view.isin(["PA", "AP"]), key)
+    return _with_labels(raw, pair[labels_csv], labels_csv, "subject_id", "study_id")
+
+
+def _with_labels(raw, labels, csv, *key):
+    """Give films the labels that stand in a table of their own, and reject those without any."""
+    labels = _by_key(labels, key, csv, "labels'")
+    _need(labels.columns, FINDINGS, csv, "labels'")
+    unused = int((~labels.index.isin(raw["key"])).sum())
+    if unused == len(labels):
+        raise CohortError(f"The {unused} rows of {csv} match no film; take both of one release.")
+    reject(raw, ~raw["key"].isin(labels.index), f"no labels for it in {csv.name}.")
+    _read_columns(raw, labels.reindex(raw["key"]).set_axis(raw.index))
+    notes = [f"{csv.name}: {unused} of {len(labels)} rows of labels match no film"]
+    return Labels(raw, list(FINDINGS), notes if unused else [])
+
+
+def _by_key(table, key, csv, who):
+    """Index a table by the columns it is joined on; each value may occur once."""
+    _need(table.columns, key, csv, who)
+    table = table.dropna(subset=list(key))
+    table = table.set_index(join_key(table, key))
+    double = table.index[table.index.duplicated()]
+    if len(double):
+        raise CohortError(f"{csv} names {double[0]!r} twice; keep one row for each.")
+    return table
 
 
 def _nih(table, csv):
@@ -148,34 +217,97 @@ def _nih(table, csv):
     Cardiomediastinum, Fracture, Support Devices. So does Lung Opacity unless Infiltration or No
     Finding is listed, for an opacity may be there under another name (consolidation, mass, ...).
     """
-    _need(table.columns, NIH_NEEDS, csv, "nih")
-    view = _first_of(table, "View Position").str.upper()
-    raw = _raw(table, table["Image Index"], table["Patient ID"], view, True)
-    _reject(raw, raw["patient_id"].isna(), "Patient ID is blank.")
-    codes, texts = pd.factorize(table["Finding Labels"].fillna(""))
-    rows, faults = zip(*(_nih_row(text) for text in texts), strict=True)  # few texts are distinct
+    view = first_of(table, "View Position").str.upper()
+    raw = raw_table(table, table["Image Index"], table["Patient ID"], view, True)
+    reject(raw, raw["patient_id"].isna(), "Patient ID is blank.")
+    _read_lists(raw, table["Finding Labels"], _nih_row)
+    return Labels(
+        raw, [], ["nih: labels that the collection does not have are missing, not absent"]
+    )
+
+
+def _read_lists(raw, cells, read):
+    """Turn cells that list a film's labels into 14 values; read gives the values and a fault."""
+    codes, texts = pd.factorize(cells.fillna(""))
+    rows, faults = zip(*map(read, texts), strict=True)  # few texts are distinct
     raw[list(FINDINGS)] = np.array(rows)[codes]
     faults = pd.Series(np.array(faults, dtype=object)[codes], index=raw.index)
-    _reject(raw, faults != "", faults)
-    notes = ["nih: labels that the collection does not have are missing, not absent"]
-    return Labels(raw, "nih", [], notes)
+    reject(raw, faults != "", faults)
 
 
 def _nih_row(text):
     """Turn "Effusion|Mass" into 14 values and a fault ("" = none)."""
     names = [name.strip().replace(" ", "_") for name in text.split("|")]
-    known = {slug(name): finding for name, finding in NIH_FINDINGS.items()}
     for name in names:
-        if slug(name) not in known:
-            near = nearest(name, NIH_FINDINGS)
+        if slug(name) not in map(slug, NIH_LABELS):
+            near = nearest(name, NIH_LABELS)
             fault = f"Finding Labels says {name!r}; the nearest NIH label is {near!r}."
             return [np.nan] * len(FINDINGS), fault if text else "Finding Labels is blank."
-    present = {known[slug(name)] for name in names}
+    present = {_finding(name) for name in names}
     values = {finding: float(finding in present) for finding in FINDINGS}
     values.update(dict.fromkeys(NIH_UNLABELLED, np.nan))
     if not present & {"Lung Opacity", "No Finding"}:
         values["Lung Opacity"] = np.nan
     return list(values.values()), ""
+
+
+def _finding(name):
+    """The finding that NIH or VinDr-CXR mean by a name; the name itself if it has no home."""
+    if is_finding(name):
+        return finding_from(name)
+    return next((finding for finding, names in SYNONYMS.items() if slug(name) in names), name)
+
+
+def _padchest(table, csv):
+    """PadChest: 16-bit PNG, labels as a Python list whose items may start with a space.
+
+    The labels come from reports, so that what is not listed is blank, not absent.
+    """
+    view = table["Projection"].replace("AP_horizontal", "AP")  # AP, lying down
+    year = pd.to_numeric(first_of(table, "StudyDate_DICOM").str[:4], errors="coerce")
+    age = year - pd.to_numeric(first_of(table, "PatientBirth"), errors="coerce")
+    table = table.assign(Age=age.astype("str"), Sex=first_of(table, "PatientSex_DICOM"))
+    path = (table["ImageDir"] + "/").fillna("") + table["ImageID"]
+    patient, frontal = table["PatientID"], view.isin(["PA", "AP"])
+    raw = raw_table(table, path, patient, view, frontal, table["ImageID"])
+    reject(raw, patient.isna(), "PatientID is blank.")
+    _read_lists(raw, table["Labels"], _padchest_row)
+    return Labels(raw, list(FINDINGS))
+
+
+def _padchest_row(text):
+    """Turn "['cardiomegaly', ' NSG tube']" into 14 values and a fault ("" = none)."""
+    names = {name.strip() for name in re.findall(r"'([^']*)'", text)} - PADCHEST_SAYS_NOTHING
+    if "exclude" in names or not names:
+        return [np.nan] * len(FINDINGS), f"Labels says {text or 'nothing'}, so nothing is known."
+    found = [any(re.fullmatch(p, name) for name in names) for p in PADCHEST_FINDINGS.values()]
+    no_finding = float(names == {"normal"})  # any other label, one of the 14 or not, is a finding
+    return [no_finding, *np.where(found[1:], 1.0, np.nan)], ""
+
+
+def _vindr(table, csv):
+    """VinDr-CXR: a row a reader (image_labels_*.csv), or a row a box of a reader; films are PA.
+
+    A finding is present where more than half of a film's readers say so, uncertain at exactly half.
+    What is no class of the file is missing under every policy. There is no patient in it.
+    """
+    if "class_name" in table.columns:
+        found = table["class_name"].map(_finding)
+        reader = [table["image_id"], first_of(table, "rad_id").fillna("all")]
+        votes = pd.get_dummies(found, dtype=float).groupby(reader).max()
+        labelled = {*VINDR_BOXED, *votes.columns}
+    else:
+        votes = table.set_index("image_id").rename(columns=_finding)
+        votes = votes[[name for name in votes.columns if name in FINDINGS]]
+        votes = votes.apply(pd.to_numeric, errors="coerce").fillna(0.0).T.groupby(level=0).max().T
+        labelled = set(votes.columns)
+    table = table.drop_duplicates("image_id").assign(view="PA")
+    image = table["image_id"]
+    raw = raw_table(table, image + ".dicom", "film_" + image, table["view"], True, image)
+    share = votes.groupby("image_id").mean().reindex(image, columns=list(FINDINGS)).fillna(0.0)
+    labels = np.select([share > 0.5, share < 0.5], [1.0, 0.0], -1.0)  # (images, 14)
+    raw[list(FINDINGS)] = np.where([name in labelled for name in FINDINGS], labels, np.nan)
+    return Labels(raw, [], ["vindr: no patient in the CSV; each film is taken to be a patient"])
 
 
 def _plain(table, csv):
@@ -189,89 +321,100 @@ def _plain(table, csv):
     if not findings:
         raise CohortError(f"{csv} has no column that names a finding, such as {FINDINGS[10]!r}.")
     notes = []
-    patient = _first_of(table, "patient")
+    patient, view = first_of(table, "patient"), first_of(table, "view").str.upper()
     if "patient" not in table.columns:
         patient = table["path"].str.extract(r"(patient\d+)", expand=False)
         notes.append("plain: no patient column; patientNNNNN in the path, else a patient a film")
-    view = _first_of(table, "view").str.upper()
-    if "view" not in table.columns:
-        notes.append("plain: no view column; every film is taken to be frontal")
     frontal = view.isna() | view.isin(["PA", "AP", "FRONTAL"])
-    own = "film_" + table["path"]
-    raw = _raw(table, table["path"], patient.fillna(own), view, frontal)
-    for finding in FINDINGS:
-        given = finding in findings
-        raw[finding] = _numbers(table[finding], finding, raw) if given else np.nan
-    return Labels(raw, "plain", findings, notes)
+    if "view" not in table.columns:
+        frontal = ~table["path"].str.contains("lateral", case=False, na=False)
+        notes.append('plain: no view column; a film is frontal unless its path says "lateral"')
+    patient = patient.fillna("film_" + table["path"])
+    raw = raw_table(table, table["path"], patient, view, frontal)
+    _read_columns(raw, table.reindex(columns=list(FINDINGS)))
+    return Labels(raw, findings, notes)
 
 
 def _plain_name(name):
-    if is_finding(name):
-        return finding_from(name)
     alias = {"patient_id": "patient", "sex": "Sex", "gender": "Sex", "age": "Age"}
-    return alias.get(slug(name), slug(name))
+    return finding_from(name) if is_finding(name) else alias.get(slug(name), slug(name))
+
+
+def _dicom(folder):
+    """A folder of DICOM files, at any depth: no labels, which extra_csv may give by path.
+
+    Films and patients are named by hashes of the files' unique ids, never by what identifies them.
+    """
+    headers = pd.DataFrame(dicom.describe_folder(folder))
+    if headers.empty:
+        raise CohortError(f"There is no DICOM file in {folder}; give a folder that holds some.")
+    headers.index -= 1  # so that the first file is row 1
+    view, frontal = headers["view"], headers["view"].isin(["PA", "AP", ""])
+    raw = raw_table(headers, headers["path"], headers["patient_id"], view, frontal)
+    raw["film_id"] = headers["film_id"]
+    reject(raw, headers["reason"] != "", headers["reason"])
+    raw[list(FINDINGS)] = np.nan
+    num_blank = (view == "").sum()
+    notes = [f"dicom: {num_blank} files name no view and are taken to be frontal"]
+    return Labels(raw, [], notes if num_blank else [])
 
 
 def _fill_from(labels, csv):
-    """Lay the finding columns of an extra CSV over the raw table, joined on the image column."""
-    extra = _read_csv(csv, "extra CSV")
-    key = IMAGE_COLUMN[labels.layout]
-    if labels.layout == "plain":
+    """Lay the finding columns of an extra CSV over the raw table, joined on the layout's key."""
+    extra = read_table(csv, "extra CSV")
+    key = LAYOUTS[labels.layout].key.split("|")
+    if key == ["path"]:
         extra = extra.rename(columns={name: _plain_name(name) for name in extra.columns})
-    _need(extra.columns, [key], csv, "extra CSV's")
+    extra = _by_key(extra, key, csv, "extra CSV's")
     columns = {name: finding_from(name) for name in extra.columns if is_finding(name)}
     if not columns:
         raise CohortError(f"{csv} has no column that names a finding; it would add nothing.")
-    extra = extra.dropna(subset=[key]).assign(**{key: lambda table: _posix(table[key])})
-    double = extra.loc[extra[key].duplicated(), key]
-    if len(double):
-        raise CohortError(f"{csv} names {double.iloc[0]!r} twice; keep one row an image.")
     raw = labels.raw
-    matched = raw["path"].isin(extra[key])
+    matched = raw["key"].isin(extra.index)
     if not matched.any():
-        raise CohortError(f"{csv} has no image in common with the labels CSV; compare {key!r}.")
+        raise CohortError(
+            f"{csv} has no image in common with the labels CSV; compare {', '.join(key)}."
+        )
+    cells = extra.reindex(raw["key"]).set_axis(raw.index)
     for name, finding in columns.items():
-        cells = extra.set_index(key)[name].reindex(raw["path"]).set_axis(raw.index)
-        raw[finding] = _numbers(cells, finding, raw).fillna(raw[finding])
-    labels.notes.append(
-        f"extra: {', '.join(columns.values())} for {matched.sum()} of {len(raw)} rows"
-    )
+        raw[finding] = label_values(cells[name], finding, raw).fillna(raw[finding])
+    said = f"{', '.join(columns.values())} for {matched.sum()} of {len(raw)} rows"
+    labels.notes.append(f"extra: {said}")
 
 
-def _numbers(cells, finding, raw):
-    """Turn text cells into label values; a cell that is no label marks its row for rejection."""
-    values = pd.to_numeric(cells, errors="coerce").astype(float)
-    wrong = cells.notna() & (values.isna() | invalid_labels(values.to_frame()).iloc[:, 0])
-    said = f"{finding} is " + cells.fillna("") + "; a label is 1, 0, -1 or blank."
-    _reject(raw, wrong, said)
-    return values.where(~wrong)
+@dataclass(frozen=True)
+class Layout:
+    """What sets one data set apart from the others; columns are separated by "|"."""
+
+    read: Callable | None  # (table, csv) -> Labels
+    key: str  # columns that further labels are joined on
+    film_id: str  # films are named by their file's "name", by their "path", or from "patient" on
+    marks: str = ""  # columns it must have; one of the sets that " or " separates is enough
+
+    def columns(self, present):
+        """The set of marks of which most are among the columns present."""
+        sets = [marks.split("|") for marks in self.marks.split(" or ")]
+        return max(sets, key=lambda names: _share(names, present))
 
 
-def _reject(raw, mask, reason):
-    """Give the marked rows a reason, unless they have one already."""
-    mask = mask & (raw["reason"] == "")
-    if mask.any():
-        raw["reason"] = raw["reason"].mask(mask, reason)
-
-
-def _first_of(table, *names):
-    """Return the first of the named columns that is there, or a blank one."""
-    found = [name for name in names if name in table.columns]
-    return table[found[0]] if found else pd.Series(np.nan, index=table.index, dtype="str")
-
-
-def _sex(cells):
-    words = {"m": "Male", "male": "Male", "f": "Female", "female": "Female"}
-    return cells.str.lower().map(words).fillna("").astype("str")
-
-
-def _age(cells):
-    """Years as a number; NIH's first release writes 061Y."""
-    return pd.to_numeric(cells.str.extract(r"^(\d+(?:\.\d+)?)", expand=False)).astype(float)
-
-
-def _posix(paths):
-    """Paths with forward slashes, none doubled, none leading "./"."""
-    paths = paths.str.replace("\\", "/", regex=False)
-    paths = paths.str.replace(re.compile(r"/{2,}|/(?:\./)+"), "/", regex=True)
-    return paths.str.replace(re.compile(r"^(?:\./)+"), "", regex=True)
+LAYOUTS = {
+    "chexpert": Layout(_chexpert, "Path", "patient", "Path|Frontal/Lateral|AP/PA|No Finding"),
+    "chexpert_plus": Layout(
+        _chexpert_plus, "path_to_image", "patient", "path_to_image|frontal_lateral|deid_patient_id"
+    ),
+    "mimic": Layout(
+        _mimic,
+        (study := "subject_id|study_id"),
+        "name",
+        f"{study}|dicom_id|ViewPosition or {study}",
+    ),
+    "nih": Layout(
+        _nih, "Image Index", "name", "Image Index|Finding Labels|Patient ID|View Position"
+    ),
+    "padchest": Layout(
+        _padchest, "ImageID", "name", "ImageID|ImageDir|PatientID|Projection|Labels"
+    ),
+    "vindr": Layout(_vindr, "image_id", "name", "image_id|class_name or image_id|ILD|No finding"),
+    "plain": Layout(_plain, "path", "path"),
+    "dicom": Layout(None, "path", "own"),
+}

@@ -1,4 +1,4 @@
-"""Cohorts: three layouts, what is turned away and why, splits that never share a patient."""
+"""Cohorts: what is read, what is turned away and why, splits that never share a patient."""
 
 import struct
 import zlib
@@ -269,7 +269,7 @@ def test_bad_rows_are_rejected_with_line_and_reason(tmp_path):
         "good.png,1": None,
         "none.png,1": "there is no such file.",
         "empty.png,1": "the file has zero bytes.",
-        "text.png,1": "not a PNG or JPEG",
+        "text.png,1": "not a PNG or JPEG, nor DICOM",
         "cut.png,1": "truncated or damaged",
         "bomb.png,1": "100,000,000 pixels",
         "../secret.png,1": "leaves the image root: '..' in the path.",
@@ -336,8 +336,8 @@ def test_binary_csv_and_wrong_settings(tmp_path, four):
         load_cohort(four, tmp_path / "nowhere")
     with pytest.raises(CohortError, match="views is 'side'"):
         load_cohort(four, views="side")
-    with pytest.raises(CohortError, match="layout is 'mimic'"):
-        load_cohort(four, layout="mimic")
+    with pytest.raises(CohortError, match="layout is 'kaggle'"):
+        load_cohort(four, layout="kaggle")
 
 
 def test_an_empty_cohort_names_the_filter_and_how_many(tmp_path):

@@ -144,8 +144,8 @@ def test_damaged_files(tmp_path, ramp):
     Image.fromarray(ramp).convert("CMYK").save(tmp_path / "cmyk.jpg")
     for name, reason in {
         "empty.png": "zero bytes",
-        "text.png": "not a PNG or JPEG",
-        "film.gif": "not a PNG or JPEG",
+        "text.png": "not a PNG or JPEG, nor DICOM",
+        "film.gif": "not a PNG or JPEG, nor DICOM",
         "folder.png": "a folder",
         "none.png": "no such file",
         "cmyk.jpg": "mode CMYK",
@@ -226,4 +226,19 @@ def test_save_png(tmp_path, ramp):
     for wrong in (np.full((2, 2), 9.0), np.zeros((2, 2, 2), np.uint8), np.zeros((2, 2), int)):
         with pytest.raises(ImageError):
             save_png(path, wrong)
+    with pytest.raises(ImageError):
+        save_png(path, np.zeros((2, 2, 3), np.uint16))
     assert [file.name for file in path.parent.iterdir()] == ["film.png"]
+
+
+def test_save_png_in_16_bits(tmp_path):
+    dark = np.random.default_rng(0).random((16, 16)) / 40  # the bits used are no measure of it
+    path = tmp_path / "film.png"
+    save_png(path, images.unit_to_uint16(dark), {"Description": "SYNTHETIC"})
+    stored = Image.open(path)
+    assert (stored.mode, stored.text["Description"]) == ("I;16", "SYNTHETIC")
+    np.testing.assert_allclose(load_image(path), dark, atol=0.5 / 65535 + 1e-7)
+    assert images.unit_to_uint16(np.array([0.0, 0.5, 1.2])).tolist() == [0, 32768, 65535]
+    every = np.arange(256, dtype=np.uint8)  # what an edit leaves alone is the same in 16 bits
+    wide = images.unit_to_uint16(images.uint8_to_unit(every))
+    np.testing.assert_array_equal(wide, every.astype(np.uint16) * 257)
