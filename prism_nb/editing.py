@@ -85,7 +85,8 @@ def edit(
         part = order[start : start + batch_size]
         job = _job(model, inversion, films, [(rows[i], targets[i]) for i in part], dials)
         raw[part], floor, evidence = _generate(job)
-        here = [_mask(one, part, raw[part], floor, evidence, dials.threshold) for one in given]
+        seen = raw[part], floor, evidence, dials.threshold, job.films
+        here = [_mask(one, part, *seen) for one in given]
         masks[part] = m.union(here, None if keep is None else keep[part])
         inside = m.restore_detail(job.films, floor, raw[part], dials.detail)
         made[part] = m.composite(job.films, inside, masks[part], dials.feather)
@@ -175,10 +176,10 @@ def _generate(job):
     return raw, decode_latents(job.model, z0.to(job.model.device)).numpy()[back], evidence
 
 
-def _mask(given, part, raw, floor, evidence, threshold):
+def _mask(given, part, raw, floor, evidence, threshold, films):
     """One of the masks that were asked for, on a batch: (R, H, W) bool."""
     if not isinstance(given, str):
         return given[part]
     if given == "none":
         return np.ones(raw.shape, bool)
-    return m.automatic(raw, floor, evidence, threshold)
+    return m.automatic(raw, floor, evidence, threshold, films)

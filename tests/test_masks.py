@@ -184,3 +184,16 @@ def test_held_directions_are_taken_out_and_nothing_else():
     torch.testing.assert_close(dots, torch.zeros_like(dots), rtol=0, atol=1e-3)
     torch.testing.assert_close(m.without(left, held), left, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(m.without(steps, 0 * held), steps)
+
+
+def test_a_mask_shrinks_to_where_the_film_would_visibly_change():
+    films = np.full((2, 64, 64), 0.5)
+    edited, floor = films.copy(), films.copy()
+    edited[0, 20:40, 20:40] += 0.2
+    wide = m.automatic(edited, floor)
+    films[0, 20:40, 30:40] = edited[0, 20:40, 30:40]  # here the film was as the edit has it
+    masks = m.automatic(edited, floor, films=films)
+    assert masks[0, 30, 25]
+    assert not masks[0, 30, 36]
+    assert not (masks & ~wide).any()
+    assert not masks[1].any()
