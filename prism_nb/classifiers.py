@@ -18,17 +18,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prism_nb.metrics import (
-    bootstrap_interval,
-    patient_codes,
-    percentile_bounds,
-    resample_patients,
-)
+from prism_nb.metrics import patient_codes, percentile_bounds, ratio, resample_patients
 from prism_nb.networks import (
     Classifier,
     ClassifierError,
     build_classifier,
     check_films,
+    check_judge,
+    features_of,
+    film_keys,
     load_classifier,
     logits_of,
     predict,
@@ -41,12 +39,16 @@ __all__ = [
     "ClassifierError",
     "Epoch",
     "build_classifier",
+    "check_judge",
+    "features_of",
+    "film_keys",
     "fit",
     "fit_temperature",
     "jitter",
     "load_classifier",
     "logits_of",
     "masked_loss",
+    "one_sided",
     "predict",
     "save_classifier",
     "score_heads",
@@ -55,6 +57,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 NUM_BINS = 15  # of the calibration error
+SCORES = ("accuracy", "balanced_accuracy", "auroc", "auprc", "ece")
 
 
 @dataclass
@@ -93,6 +96,7 @@ def fit(
     without it an epoch sees each film once. patience: stop after so many epochs without a
     better one. augment: shift, turn, scale and brighten films a little (no mirroring: the heart
     is on the left). AdamW with warm-up and cosine decay; the same seed gives the same weights.
+    A head with one class only learns to say it: `one_sided` names such heads.
     on_bad: when the loss is no number, "stop" with the best weights so far, or "raise".
     Raises ClassifierError for unusable films or labels, and for a loss that never was a number.
     """
@@ -264,12 +268,26 @@ def fit_temperature(model, images, labels):
     return model.temperature
 
 
+def one_sided(labels, heads, split):
+    """A line for each head that a split knows in one class only: nothing is learned or told there.
+
+    labels (N, K), NaN where missing; heads: K names; split: its name.
+    """
+    lines = []
+    for head, column in zip(heads, np.asarray(labels, float).T, strict=True):
+        known = column[~np.isnan(column)]
+        if len(np.unique(known)) < 2:
+            all_of_them = f"all {len(known)} labels are {known[0]:g}" if len(known) else "no label"
+            lines.append(f"{head} has one class in the {split} split ({all_of_them}): no AUROC")
+    return lines
+
+
 def score_heads(labels, probabilities, patients, heads, num_bootstrap=1000, seed=0, level=0.95):
-    """Score every head: one row each, with intervals by patient for accuracy and AUROC.
+    """Score every head: one row each, each score with an interval by patient.
 
     labels (N, K), NaN left out; probabilities (N, K); patients (N,). Columns: head, n, positives,
-    majority (the accuracy of always giving the commoner answer), accuracy, balanced_accuracy,
-    auroc, auprc, ece, and accuracy_low, accuracy_high, auroc_low, auroc_high.
+    majority (the accuracy of always giving the commoner answer), and for each of SCORES its value
+    and `_low`, `_high`. Calibration error ece: |share present - mean probability| over 15 bins.
     Raises ClassifierError for shapes that differ; what one class alone leaves undefined is NaN.
     """
     labels = np.asarray(labels, dtype=np.float32)
@@ -290,59 +308,50 @@ def score_heads(labels, probabilities, patients, heads, num_bootstrap=1000, seed
 
 
 def _score(labels, probabilities, patients, num_bootstrap, seed, level):
-    from sklearn.metrics import average_precision_score, balanced_accuracy_score
-
-    both, guess = len(np.unique(labels)) == 2, probabilities >= 0.5
+    """One head's row, from the labels that are known."""
     rate = labels.mean() if len(labels) else np.nan
-    correct = (guess == labels).astype(float)
-    accuracy = bootstrap_interval(correct, patients, num_bootstrap, seed, level)
-    low, high = _auroc_bounds(labels, probabilities, patients, num_bootstrap, seed, level)
+    row = {"n": len(labels), "positives": int(labels.sum()), "majority": max(rate, 1 - rate)}
+    codes = patient_codes(patients)
+    whole = weighted_scores(labels, probabilities, np.ones((1, len(labels))))
+    draws = [
+        weighted_scores(labels, probabilities, counts[:, codes])
+        for counts in resample_patients(len(np.unique(codes)), num_bootstrap, seed)
+    ]
+    for name in SCORES:
+        low, high = percentile_bounds([draw[name] for draw in draws], level)
+        row |= {name: whole[name][0], f"{name}_low": low, f"{name}_high": high}
+    return row
+
+
+def weighted_scores(labels, probabilities, weights):
+    """SCORES of films that count `weights` times: labels (N,), weights (R, N), each score (R,).
+
+    One sort serves all resamples. NaN where a score needs both classes and one has no weight.
+    """
+    if len(labels) == 0:
+        return dict.fromkeys(SCORES, np.full(len(weights), np.nan))
+    order = np.argsort(-probabilities, kind="stable")
+    y, p, weights = labels[order], probabilities[order], weights[:, order]
+    positive, right = y == 1, (p >= 0.5) == y
+    starts = np.flatnonzero(np.diff(p, prepend=2.0))  # ties share a place
+    shown, hits = (np.add.reduceat(weights * x, starts, axis=1) for x in (1, positive))  # (R, P)
+    misses, total = shown - hits, weights.sum(axis=1)
+    present, absent = hits.sum(axis=1), misses.sum(axis=1)
+    won = (hits * (absent[:, None] - misses.cumsum(axis=1) + misses / 2)).sum(axis=1)
+    precision = np.nan_to_num(ratio(hits.cumsum(axis=1), shown.cumsum(axis=1)))
+    recalls = weights @ (right & positive) * absent + weights @ (right & ~positive) * present
+    bins = np.eye(NUM_BINS)[np.minimum((p * NUM_BINS).astype(int), NUM_BINS - 1)]  # (N, 15)
     return {
-        "n": len(labels),
-        "positives": int(labels.sum()),
-        "majority": float(max(rate, 1 - rate)),
-        "accuracy": accuracy[0],
-        "accuracy_low": accuracy[1],
-        "accuracy_high": accuracy[2],
-        "balanced_accuracy": balanced_accuracy_score(labels, guess) if both else np.nan,
-        "auroc": _auroc(labels, probabilities),
-        "auroc_low": low,
-        "auroc_high": high,
-        "auprc": average_precision_score(labels, probabilities) if both else np.nan,
-        "ece": _ece(labels, probabilities),
+        "accuracy": ratio(weights @ right, total),
+        "balanced_accuracy": ratio(recalls / 2, present * absent),
+        "auroc": ratio(won, present * absent),
+        "auprc": ratio((hits * precision).sum(axis=1) * absent, present * absent),
+        "ece": ratio(np.abs((weights * (y - p)) @ bins).sum(axis=1), total),
     }
 
 
 def _auroc(labels, probabilities):
-    from sklearn.metrics import roc_auc_score
-
+    """AUROC of the labels that are known, NaN with one class only."""
     known = ~np.isnan(labels)
-    if len(np.unique(labels[known])) < 2:
-        return np.nan
-    return float(roc_auc_score(labels[known], probabilities[known]))
-
-
-def _auroc_bounds(labels, probabilities, patients, num_bootstrap, seed, level):
-    """Interval of the AUROC; all resamples at once, as weights on the films sorted by score."""
-    if len(labels) == 0:
-        return np.nan, np.nan
-    codes, order = patient_codes(patients), np.argsort(probabilities, kind="stable")
-    positive = labels[order] == 1
-    starts = np.flatnonzero(np.diff(probabilities[order], prepend=-1.0))  # ties share a place
-    draws = []
-    for counts in resample_patients(codes.max() + 1, num_bootstrap, seed):
-        weights = counts[:, codes[order]]  # (r, N)
-        above = np.add.reduceat(weights * positive, starts, axis=1)  # (r, places)
-        below = np.add.reduceat(weights * ~positive, starts, axis=1)
-        pairs = above.sum(axis=1) * below.sum(axis=1)
-        won = (above * (below.cumsum(axis=1) - below / 2)).sum(axis=1)
-        draws.append(np.divide(won, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0))
-    return percentile_bounds(draws, level)
-
-
-def _ece(labels, probabilities):
-    """Expected calibration error: |share present - mean probability| over 15 bins, 0 to 1."""
-    if len(labels) == 0:
-        return np.nan
-    places = np.minimum((probabilities * NUM_BINS).astype(int), NUM_BINS - 1)
-    return float(np.abs(np.bincount(places, labels - probabilities)).sum() / len(labels))
+    ones = np.ones((1, known.sum()))
+    return float(weighted_scores(labels[known], probabilities[known], ones)["auroc"][0])

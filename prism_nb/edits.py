@@ -165,19 +165,21 @@ def edit_film(
     return edited, recipe(inversion, preset, **dials)
 
 
-def save_edits(folder, plan, edited, table, floors, provenance):
+def save_edits(folder, plan, edited, table, floors, provenance, peers=None):
     """Write every edited film, its mask and every floor as PNG, then edits.parquet: its table.
 
     edited: Edited, in the plan's order. floors: method -> films of `table`, in its order (the keys
-    of FLOORS). Rerunning overwrites.
+    of FLOORS). peers: method -> its own plan and Edited. Rerunning overwrites.
     """
     rows = []
-    for number, row in plan.reset_index(drop=True).iterrows():
-        name = f"{row['film_id']}/{slug(row['edit'])}"
-        paths = {"path": f"{name}.png", "mask_path": f"{name}_mask.png"}
-        save_edit(folder / paths["path"], edited.films[number], row, provenance)
-        save_mask(folder / paths["mask_path"], edited.masks[number])
-        rows.append({**row, "method": OWN, **paths})
+    for method, (part, made) in ({OWN: (plan, edited)} | (peers or {})).items():
+        by = "" if method == OWN else f"_by_{slug(method)}"
+        for number, row in part.reset_index(drop=True).iterrows():
+            name = f"{row['film_id']}/{slug(row['edit'])}{by}"
+            paths = {"path": f"{name}.png", "mask_path": f"{name}_mask.png"}
+            save_edit(folder / paths["path"], made.films[number], row, provenance)
+            save_mask(folder / paths["mask_path"], made.masks[number])
+            rows.append({**row, "method": method, **paths})
     about = table[["film_id", "patient_id", "split"]].reset_index(drop=True)
     for name, films in floors.items():
         for number, row in about.iterrows():

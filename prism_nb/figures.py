@@ -279,8 +279,11 @@ def plot_methods(table, value, title, ax=None):
     return ax
 
 
-def plot_predictions(factual, counterfactual, heads, titles, size=2.0):
-    """Films and the judge's probabilities before and after (Figure 6): (film, p) pairs."""
+def plot_predictions(factual, counterfactual, heads, titles, truth=None, size=2.0):
+    """Films and the judge's probabilities before and after (Figure 6): (film, p) pairs.
+
+    truth: for each film its labels (K,) before and after, marked beside the bars.
+    """
     _, axes = plt.subplots(
         len(factual), 3, figsize=(size * 4, size * len(factual) + 0.4), squeeze=False
     )
@@ -293,6 +296,9 @@ def plot_predictions(factual, counterfactual, heads, titles, size=2.0):
         axes[r, 2].barh(y + 0.2, p_cf, 0.38, color="C1", label="counterfactual")
         axes[r, 2].set(xlim=(0, 1), yticks=y, yticklabels=heads)
         axes[r, 2].axvline(0.5, color="k", lw=0.7, ls="--")
+        for labels, side in zip(truth[r] if truth else (), (-0.2, 0.2), strict=False):
+            name = "truth" if side < 0 else None
+            axes[r, 2].plot(labels, y + side, "kD", ms=3.5, ls="none", clip_on=False, label=name)
         axes[r, 2].invert_yaxis()
         for ax in axes[r, :2]:
             _bare(ax)
@@ -321,6 +327,55 @@ def plot_arms(frame, value="accuracy", ax=None):
     )
     ax.set(xlabel="", ylim=(None, 1.02))
     ax.tick_params(axis="x", labelrotation=12, labelsize=8)
+    ax.legend(fontsize=7, title="")
+    return ax
+
+
+def plot_sweep(levels, size=4.2):
+    """Worst-group accuracy, and its gain over plain, against P(device | effusion), a line an arm.
+
+    levels: rows of tables/differences.csv of several runs, with `level`.
+    """
+    part = levels[(levels["measure"] == "worst group") & (levels["baseline"] == "plain")]
+    _, axes = plt.subplots(1, 2, figsize=(2.4 * size, size))
+    plain = part.groupby("level")["baseline_accuracy"].first()
+    axes[0].plot(plain.index, plain, "ko--", ms=4, label="plain")
+    for number, (arm, rows) in enumerate(part.groupby("arm", sort=False)):
+        rows, look = rows.sort_values("level"), {"fmt": "o-", "ms": 4, "color": f"C{number}"}
+        x = rows["level"] + 0.002 * number  # so that intervals do not hide each other
+        axes[0].errorbar(x, rows["accuracy"], label=arm.replace("_", " "), **look)
+        reach = 100 * np.stack([rows["mean"] - rows["low"], rows["high"] - rows["mean"]])
+        axes[1].errorbar(x, 100 * rows["mean"], np.nan_to_num(reach), capsize=2, **look)
+    axes[1].axhline(0, color="k", lw=0.7, ls="--")
+    axes[0].set(ylabel="accuracy in the worst group", title="Worst group", ylim=(0, 1.02))
+    axes[1].set(ylabel="points", title="Gain over plain, 95 % interval")
+    for ax in axes:
+        ax.set(xlabel="P(device | effusion) in training", xlim=(0.54, 1))
+    axes[0].legend(fontsize=7, loc="lower left")
+    return axes
+
+
+def plot_leakage(made, true=None, size=4.4):
+    """Mean change of every head's probability, a row an edit: ours, and the truth's beside it."""
+    both = {"made": made} | ({} if true is None else {"true": true})
+    width = size * len(both) + 1.5
+    _, axes = plt.subplots(1, len(both), figsize=(width, 0.6 * len(made) + 2), squeeze=False)
+    for ax, (name, change) in zip(axes[0], both.items(), strict=True):
+        sns.heatmap(change, vmin=-1, vmax=1, cmap="RdBu_r", annot=True, fmt="+.2f", ax=ax)
+        ax.set(title=f"{name} counterfactuals", xlabel="", ylabel="")
+        ax.tick_params(axis="x", labelrotation=20, labelsize=8)
+        ax.tick_params(axis="y", labelrotation=0, labelsize=8, labelleft=ax is axes[0, 0])
+    return axes
+
+
+def plot_filter(own, minimum, ylabel, ax=None):
+    """S_CLIP of each edit against its error, and the filter's line; columns s_clip, error, edit."""
+    ax = ax or plt.subplots(figsize=(6.5, 3.8))[1]
+    sns.scatterplot(own, x="s_clip", y="error", hue="edit", style="edit", ax=ax)
+    ax.axvline(minimum, color="k", lw=1, ls="--")
+    ax.axhline(1, color="k", lw=0.7, ls=":")
+    ax.set(xlim=(-1, 1), yscale="symlog", ylim=(0, None), ylabel=ylabel)
+    ax.set_xlabel("S_CLIP (Eq. 1); the filter keeps what lies right of the line")
     ax.legend(fontsize=7, title="")
     return ax
 

@@ -9,10 +9,12 @@ Intervals resample patients, not films: films of one patient are not independent
 Used by notebooks 05 and 06.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
-VISIBLE = 8 / 255  # a smaller change is not seen; section 3 of the metrics' definitions
+VISIBLE = 8 / 255  # a smaller change is not seen
 PSNR_CAP = 100.0  # decibels given to identical images, so that means stay finite
 _RESAMPLED_AT_ONCE = 4_000_000  # numbers held while resampling: 32 MB
 
@@ -33,6 +35,70 @@ def psnr(factual, counterfactual):
     """Peak signal-to-noise ratio in decibels, higher is closer; identical images get 100."""
     mse = _mean(_change(factual, counterfactual) ** 2)
     return -10 * np.log10(np.maximum(mse, 10 ** (-PSNR_CAP / 10)))
+
+
+def ssim(factual, counterfactual):
+    """Structural similarity in 11 x 11 Gaussian windows: -1 to 1, higher is closer, the same 1."""
+    from torch import from_numpy
+    from torchmetrics.functional.image import structural_similarity_index_measure as similarity
+
+    _change(factual, counterfactual)
+    if not len(factual):
+        return np.empty(0)
+    x, x_cf = (from_numpy(_images(x, ""))[:, None] for x in (factual, counterfactual))
+    return similarity(x_cf, x, data_range=1.0, reduction="none").numpy()
+
+
+def lpips_weights():
+    """Where LPIPS looks for the weights of torchvision's AlexNet: in torch's own cache."""
+    from torch.hub import get_dir
+    from torchvision.models import AlexNet_Weights
+
+    return Path(get_dir()) / "checkpoints" / Path(AlexNet_Weights.DEFAULT.url).name
+
+
+def lpips(factual, counterfactual):
+    """Perceptual distance over AlexNet's features: 0 and up, lower is closer, 0 the same.
+
+    Nothing is fetched: MetricError says which file is missing. Trained on photographs, not on
+    films.
+    """
+    import torch
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as distance
+
+    _change(factual, counterfactual)
+    if not (file := lpips_weights()).is_file():
+        raise MetricError(
+            f"LPIPS needs AlexNet's weights: put torchvision's {file.name} into {file.parent}."
+        )
+    both = (torch.tensor(_images(x, ""))[:, None] for x in (factual, counterfactual))
+    with torch.inference_mode():
+        x, x_cf = (films.expand(-1, 3, -1, -1) for films in both)
+        return np.atleast_1d(distance(x, x_cf, reduction="none", normalize=True).numpy())
+
+
+def sparsity(factual, counterfactual, threshold=VISIBLE):
+    """Share of the pixels that visibly changed: 0 to 1, lower is a sparser edit."""
+    return _mean((np.abs(_change(factual, counterfactual)) > threshold).astype(np.float32))
+
+
+def composition(factual, regenerate, num_cycles=1):
+    """L1 after so many null edits in a row: 0 to 1, lower is better, 0 for doing nothing.
+
+    regenerate(films) asks for what is there: films (B, H, W) in and out.
+    """
+    films = factual
+    for _ in range(num_cycles):
+        films = regenerate(films)
+    return l1(factual, films)
+
+
+def reversibility(factual, there, back, num_cycles=1):
+    """L1 after so many times there and back again: 0 to 1, lower is better, 0 for doing nothing.
+
+    there(films) makes the edit and back(films) its opposite: films (B, H, W) in and out.
+    """
+    return composition(factual, lambda films: back(there(films)), num_cycles)
 
 
 def cpg(p_factual, p_counterfactual, toward):
@@ -80,6 +146,58 @@ def leakage(p_factual, p_counterfactual, head, p_true=None):
     return moved - np.abs(true - before)[:, others].mean(axis=1)
 
 
+def identity_shift(p_factual, p_counterfactual):
+    """How much the film became another person's: 0 to 1, lower is better, 0 for doing nothing.
+
+    p_ (B, K): a classifier's probabilities of what no edit may touch, such as sex and age.
+    """
+    before, after = _probabilities(p_factual, p_counterfactual, heads=True)
+    return np.abs(after - before).mean(axis=1)
+
+
+def kid(features, others, num_subsets=100, subset_size=50, seed=0):
+    """Kernel distance between two sets of films: (mean, standard deviation) over subsets.
+
+    features (N, D), others (M, D): a classifier's, of films that need not be paired. Unbiased, so
+    around 0, below it too, for sets of one kind; higher is farther apart. subset_size is at most
+    the smaller set. Our classifier's features: not comparable with numbers of other work.
+    """
+    sets = [np.asarray(part, dtype=np.float64) for part in (features, others)]
+    if any(part.ndim != 2 or len(part) < 2 for part in sets):
+        shapes = " and ".join(str(part.shape) for part in sets)
+        raise MetricError(f"features have shape {shapes}; (N, D) with 2 films or more is needed.")
+    rng, size = np.random.default_rng(seed), min(subset_size, *map(len, sets))
+    values = [
+        _mmd(*(part[rng.permutation(len(part))[:size]] for part in sets))
+        for _ in range(num_subsets)
+    ]
+    return float(np.mean(values)), float(np.std(values))
+
+
+def _mmd(a, b):
+    """Unbiased squared maximum mean discrepancy under the kernel (a . b / D + 1)^3."""
+    n, kernel = len(a), lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
+    within = sum(k.sum() - np.trace(k) for k in (kernel(a, a), kernel(b, b)))
+    return within / (n * (n - 1)) - 2 * kernel(a, b).mean()
+
+
+def true_error(factual, counterfactual, truth):
+    """Distance to the truth over that of doing nothing: 0 is perfect, 1 no better than nothing.
+
+    Over the whole film, so above 1 for an edit that harms more than it does. NaN where the truth
+    changes nothing.
+    """
+    return ratio(l1(counterfactual, truth), l1(factual, truth))
+
+
+def id_ratio(factual, counterfactual, truth):
+    """Size of the edit over that of the true one: 1 is perfect, 0 none, > 1 too much.
+
+    NaN where the truth changes nothing.
+    """
+    return ratio(l1(factual, counterfactual), l1(factual, truth))
+
+
 def error_inside(counterfactual, truth, mask):
     """Mean absolute error to the truth where it should have changed: 0 to 1, lower is better.
 
@@ -102,8 +220,8 @@ def tea_effectiveness(factual, counterfactual, truth):
 
     Negative went the wrong way. NaN where the truth changes nothing.
     """
-    made, wanted = _edits(factual, counterfactual, truth)
-    return _ratio((made * wanted).sum(axis=1), (wanted**2).sum(axis=1))
+    made, wanted = edits_of(factual, counterfactual, truth)
+    return ratio((made * wanted).sum(axis=1), (wanted**2).sum(axis=1))
 
 
 def tea_amplification(factual, counterfactual, truth):
@@ -111,10 +229,10 @@ def tea_amplification(factual, counterfactual, truth):
 
     a is the effectiveness. NaN where the truth changes nothing.
     """
-    made, wanted = _edits(factual, counterfactual, truth)
+    made, wanted = edits_of(factual, counterfactual, truth)
     effectiveness = tea_effectiveness(factual, counterfactual, truth)
     beside = made - np.nan_to_num(effectiveness)[:, None] * wanted
-    return _ratio(np.linalg.norm(beside, axis=1), np.linalg.norm(wanted, axis=1))
+    return ratio(np.linalg.norm(beside, axis=1), np.linalg.norm(wanted, axis=1))
 
 
 def over_edit(factual, counterfactual, truth, mask=None):
@@ -122,11 +240,11 @@ def over_edit(factual, counterfactual, truth, mask=None):
 
     mask: where change is wanted; without it, wherever truth and factual differ. Doing nothing is 0.
     """
-    made, wanted = _edits(factual, counterfactual, truth)
+    made, wanted = edits_of(factual, counterfactual, truth)
     inside = wanted != 0 if mask is None else _mask(mask, np.asarray(factual)).reshape(made.shape)
     total = np.abs(made).sum(axis=1)
     outside = (np.abs(made) * ~inside).sum(axis=1)
-    return np.where(total > 0, _ratio(outside, total), 0.0)
+    return np.where(total > 0, ratio(outside, total), 0.0)
 
 
 def under_edit(factual, counterfactual, truth):
@@ -134,9 +252,9 @@ def under_edit(factual, counterfactual, truth):
 
     Measured where truth and factual differ; above 1 went the wrong way. NaN where they do not.
     """
-    made, wanted = _edits(factual, counterfactual, truth)
+    made, wanted = edits_of(factual, counterfactual, truth)
     missing = (np.abs(wanted - made) * (wanted != 0)).sum(axis=1)
-    return _ratio(missing, np.abs(wanted).sum(axis=1))
+    return ratio(missing, np.abs(wanted).sum(axis=1))
 
 
 def iou_at_area(factual, counterfactual, truth, threshold=VISIBLE):
@@ -145,7 +263,7 @@ def iou_at_area(factual, counterfactual, truth, threshold=VISIBLE):
     As many pixels are taken as the truth visibly changes (|D| > threshold), so that nothing is
     tuned; ties at the last pixel count in proportion. NaN where the truth changes nothing visibly.
     """
-    made, wanted = _edits(factual, counterfactual, truth)
+    made, wanted = edits_of(factual, counterfactual, truth)
     pairs = zip(np.abs(made), np.abs(wanted) > threshold, strict=True)
     return np.array([_iou_at_area(strength, true) for strength, true in pairs], dtype=float)
 
@@ -160,6 +278,19 @@ def _iou_at_area(strength, true):
     hits = (above & true).sum() + share * (tied & true).sum()
     taken = above.sum() + share * tied.sum()
     return hits / (taken + area - hits)
+
+
+def pointing_game(factual, counterfactual, mask, sigma=2.0):
+    """Whether the strongest change lies where one was wanted: 1 or 0, higher is better.
+
+    The change is smoothed over sigma pixels first. Doing nothing is 0; an empty mask gives NaN.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    change = np.abs(_change(factual, counterfactual))
+    pairs = zip(gaussian_filter(change, (0, sigma, sigma)), _mask(mask, change), strict=True)
+    hits = [s.any() and m.flat[s.argmax()] if m.any() else np.nan for s, m in pairs]
+    return np.array(hits, dtype=float)
 
 
 def bootstrap_interval(values, patients, num_bootstrap=1000, seed=0, level=0.95):
@@ -245,7 +376,7 @@ def _change(before, after, name="factual"):
     return after - before
 
 
-def _edits(factual, counterfactual, truth):
+def edits_of(factual, counterfactual, truth):
     """The edit made and the edit wanted, both (B, H * W)."""
     factual, counterfactual = _images(factual, "factual"), _images(counterfactual, "counterfactual")
     truth = _images(truth, "truth")
@@ -290,14 +421,14 @@ def _mask(mask, images):
 
 def _masked_mean(error, mask):
     mask = _mask(mask, error)
-    return _ratio((error * mask).sum(axis=(1, 2)), mask.sum(axis=(1, 2)))
+    return ratio((error * mask).sum(axis=(1, 2)), mask.sum(axis=(1, 2)))
 
 
 def _mean(values):
     return values.mean(axis=(1, 2)) if values.size else np.full(len(values), np.nan)
 
 
-def _ratio(above, below):
+def ratio(above, below):
     """above / below, NaN where below is 0."""
     below = np.asarray(below, dtype=float)
     return np.divide(above, below, out=np.full(below.shape, np.nan), where=below != 0)

@@ -7,6 +7,7 @@ card.json, which says what the heads are. `classifiers` trains and scores it.
 Used by notebooks 05 and 06.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,9 @@ def build_classifier(name, num_heads, weights="", seed=0, sees=0):
     """Make an untrained classifier.
 
     name: a timm architecture or "alexnet". sees: larger films are shrunk to so many pixels a side;
-    0: none is. weights: "" (drawn from seed), "imagenet", or a path to
-    safetensors of the same architecture, whose last layer is not used.
-    Raises ClassifierError for an unknown name (naming the nearest) and weights that cannot be had.
+    0: none is. weights: "" (drawn from seed), "imagenet", or a path to safetensors of the same
+    architecture, whose last layer is not used. Raises ClassifierError for an unknown name (naming
+    the nearest), for weights that cannot be had, and for those of a judge.
     """
     import timm
 
@@ -86,6 +87,11 @@ def _weights_file(weights):
         raise ClassifierError(
             f'weights {str(weights)!r} is no file; "", "imagenet" or the path of a .safetensors '
             "file is needed."
+        )
+    card = file.parent / CARD_FILE
+    if card.is_file() and read_json(card).get("role") == "judge":
+        raise ClassifierError(
+            f"weights {str(weights)!r} are a judge's; what it is to judge must not start from it."
         )
     return file
 
@@ -140,6 +146,18 @@ def logits_of(model, images, batch_size=64):
             films = torch.tensor(images[start : start + batch_size], device=device)
             logits.append(model(films).float().cpu().numpy())
     return np.concatenate(logits)
+
+
+def features_of(model, images, batch_size=64):
+    """What the last layer is given of films (N, H, W): float32 (N, D), for metrics.kid."""
+    last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
+    found = [torch.empty(0, last.in_features)]
+    hook = last.register_forward_pre_hook(lambda _, given: found.append(given[0].float().cpu()))
+    try:
+        logits_of(model, images, batch_size)
+    finally:
+        hook.remove()
+    return torch.cat(found).numpy()
 
 
 def predict(model, images, batch_size=64):
@@ -205,6 +223,25 @@ def save_classifier(folder, model, heads, card=None):
     }
     write_json(folder / CARD_FILE, (card or {}) | known)
     return folder
+
+
+def film_keys(film_ids, source=""):
+    """A digest of each film's id, for a card's `trained_on`; source: whose ids they are."""
+    return [hashlib.sha256(f"{source}/{film}".encode()).hexdigest()[:16] for film in film_ids]
+
+
+def check_judge(card, keys):
+    """Refuse as a judge what is none, or was trained on films it would judge (their film_keys)."""
+    if card.get("role") != "judge" or "trained_on" not in card:
+        raise ClassifierError(
+            f"this classifier's card gives its role as {card.get('role')!r}; only a judge, whose "
+            "card says which films it was trained on, may judge."
+        )
+    if seen := set(keys).intersection(card["trained_on"]):
+        raise ClassifierError(
+            f"the judge was trained on {len(seen)} of the {len(set(keys))} films that it is to "
+            "judge; train one without them."
+        )
 
 
 def load_classifier(folder):

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 MAX_PROFILE_BYTES = 64 * 1024
 LIMITS = {"ge": "from", "gt": "above", "le": "up to", "lt": "below", "multiple_of": "a multiple of"}
 PATH_KEYS = ("csv", "image_root", "extra_csv", "base_model", "unet_weights", "clip_model")
-PATH_KEYS += ("classifier_weights",)
+PATH_KEYS += ("classifier_weights", "judge", "baseline")
 
 
 class ParamError(ValueError):
@@ -73,8 +73,14 @@ def _edit(value: str) -> str:
 
 def _different(values: list) -> list:
     if len(set(values)) < len(values):
-        raise ValueError("each edit may be named once only")
+        raise ValueError("each may be named once only")
     return values
+
+
+def _comparable(arms: list) -> list:
+    if len(set(arms)) < len(arms) or not {"plain", "counterfactuals"} <= set(arms):
+        raise ValueError("name each arm once, plain and counterfactuals among them")
+    return arms
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
@@ -82,9 +88,24 @@ Number = Annotated[float, BeforeValidator(_number)]
 Text = Annotated[str, BeforeValidator(_text)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Edit = Annotated[str, BeforeValidator(_edit), BeforeValidator(_text)]  # the last one runs first
-# The names of inversion.METHODS and editing.PRESETS, which are slow to import.
+# The names of layouts.LAYOUTS, inversion.METHODS, editing.PRESETS and arms.ARMS: slow to import.
+Layout = Literal[
+    "auto", "chexpert", "chexpert_plus", "mimic", "nih", "padchest", "vindr", "plain", "dicom"
+]
 Inversion = Literal["ddim", "fixed_point", "negative_prompt", "null_text", "direct", "ddpm", "bdia"]
 Preset = Literal["default", "prism", "sdedit", "diffedit", "ledits++"]
+Arm = Literal[
+    "plain",
+    "duplicates",
+    "standard_augmentation",
+    "text_to_image",
+    "gan_counterfactuals",
+    "counterfactuals",
+    "counterfactuals_filtered",
+    "true_counterfactuals",
+    "group_balanced",
+    "group_dro",
+]
 
 
 def _is(default: object, remark: str, **limits: object) -> object:
@@ -112,7 +133,7 @@ class Caption(Params):
 
     csv: Text = _is("phantom", 'labels CSV, or "phantom" to render a cohort', min_length=1)
     image_root: Text = _is("", "folder the paths start from; empty: the CSV's folder")
-    layout: Literal["auto", "chexpert", "nih", "plain"] = _is("auto", "columns of the CSV")
+    layout: Layout = _is("auto", "columns of the CSV")
     extra_csv: Text = _is("", "CSV of further labels for the same images; empty: none")
     views: Literal["frontal", "all"] = _is("frontal", "films to keep")
     uncertain: Literal["zeros", "ones", "ignore", "mention"] = _is("ones", "what -1 becomes")
@@ -136,7 +157,9 @@ class Finetune(WithDevice):
     base_model: Text = _is("phantom", '"phantom", a folder, or a name on the hub', min_length=1)
     revision: Text = _is("", "commit of a base model on the hub; empty: newest")
     unet_weights: Text = _is("", "U-Net to start from instead of the base model's; empty: none")
-    clip_model: Text = _is("base", '"base" (as in the base model), a folder, or a hub name')
+    clip_model: Text = _is(
+        "base", '"base" (the base model\'s own), openai, medsiglip, a folder, a hub name'
+    )
     num_train_steps: Whole = _is(24, "updates of the weights", ge=1)
     train_batch_size: Whole = _is(8, "films a step; 8 in the paper", ge=1, le=4096)
     accumulation: Whole = _is(1, "batches summed before an update", ge=1, le=4096)
@@ -183,13 +206,18 @@ class Editing(WithDevice):
     mask: Literal["preset", "auto", "none"] = _is("preset", "where an edit may act")
     detail: Number = _is(-1.0, "share of grain given back; -1: the preset's", ge=-1, le=1)
     s_clip_min: Number = _is(0.1, "keep edits with S_CLIP of at least this, eq. (1)", ge=-1, le=1)
-    clip_model: Text = _is("base", '"base" (as in the base model), a folder, or a hub name')
+    clip_model: Text = _is(
+        "base", '"base" (the base model\'s own), openai, medsiglip, a folder, a hub name'
+    )
     edit_batch_size: Whole = _is(8, "films edited together", ge=1, le=4096)
     precision: Literal["fp32", "bf16"] = _is("fp32", "fp32 or bf16")
+    peers: Annotated[list[Preset], AfterValidator(_different)] = _is(
+        ["sdedit"], "other presets that make the same edits of the test films"
+    )
 
 
-class Evaluate(WithDevice):
-    """05_evaluate: what the classifiers say of the counterfactuals."""
+class Classify(WithDevice):
+    """What the notebooks that train classifiers declare."""
 
     classifier: Text = _is("test_efficientnet", "timm name; efficientnet_b0 in the paper")
     classifier_weights: Text = _is("", 'start weights: "imagenet", a file, or empty: none')
@@ -200,13 +228,34 @@ class Evaluate(WithDevice):
     num_bootstrap: Whole = _is(200, "resamples of the patients", ge=20, le=100_000)
 
 
-class Augment(Evaluate):
+class Evaluate(Classify):
+    """05_evaluate: what a classifier and the truth say of the counterfactuals."""
+
+    judge: Text = _is("test_resnet", "timm name, not the classifier's; or a judge's folder")
+    judge_films: Whole = _is(
+        0, "phantom: films of other patients that it learns from; 0: the training split", ge=0
+    )
+    judge_epochs: Whole = _is(4, "passes over the films that it learns from", ge=1, le=10_000)
+    baseline: Text = _is("train", 'GANterfactual: "bundled", "train", "none", or its folder')
+    baseline_steps: Whole = _is(20, "updates of its weights where it is trained", ge=1)
+    baseline_size: Whole = _is(
+        64, "pixels a side where it is trained; 224 in the paper", ge=64, le=1024, multiple_of=16
+    )
+
+
+class Augment(Classify):
     """06_augment: classifiers trained with counterfactuals."""
 
-    num_augment_seeds: Whole = _is(1, "trainings an arm", ge=1, le=1000)
-    num_balanced_patients: Whole = _is(
-        60, "films of the balanced 2x2 test; phantom only", ge=8, le=1_000_000
+    arms: Annotated[list[Arm], AfterValidator(_comparable)] = _is(
+        ["plain", "duplicates", "counterfactuals", "true_counterfactuals"], "what is compared"
     )
+    augment_budget: Whole = _is(0, "films that each arm adds; 0: all counterfactuals", ge=0)
+    num_augment_seeds: Whole = _is(1, "trainings an arm", ge=1, le=1000)
+    augment_workers: Whole = _is(0, "processes that train, a thread each; 0: this one", ge=0)
+    num_balanced_patients: Whole = _is(
+        60, "of the balanced 2x2 test, four films each; phantom only", ge=8, le=1_000_000
+    )
+    sweep_runs: list[Text] = _is([], "names of runs beside this one, at other links")
 
 
 MODELS: dict[str, type[Params]] = {
@@ -266,9 +315,11 @@ def check_profile(profile: dict, where: str = "profile") -> dict:
         except ParamError as error:
             raise ProfileError(f"{where}: {str(error).partition(': ')[2]}") from None
     inversion = checked.get("inversion", Invert.model_fields["inversion"].default)
-    if checked.get("preset") == "prism" and inversion != "null_text":
+    named = {"preset": [checked.get("preset")], "peers": checked.get("peers", [])}
+    key = next((key for key, presets in named.items() if "prism" in presets), None)
+    if key and inversion != "null_text":
         raise ProfileError(
-            f"{where}: preset = 'prism' with inversion = {inversion!r}: it guides from the caption "
+            f"{where}: {key} = 'prism' with inversion = {inversion!r}: it guides from the caption "
             "that null_text tunes; set inversion to null_text"
         )
     return checked

@@ -37,7 +37,8 @@ TOKEN_VARIABLE = "PRISM_NB_STEP"  # set by `prism-nb run`: this execution, and n
 PROFILE_VARIABLE = "PRISM_NB_PROFILE"
 ROOT_VARIABLE = "PRISM_NB_ROOT"  # kernels then agree with who started them
 VERSIONS = ("torch", "diffusers", "transformers", "timm", "numpy", "pandas", "scikit-learn")
-NOT_PATHS = ("", "phantom", "base", "imagenet")  # words with a meaning of their own
+# Words with a meaning of their own.
+NOT_PATHS = ("", "phantom", "base", "imagenet", "bundled", "train", "none")
 COHORT = ("cohort.parquet", "cohort.json", "phantom")
 
 

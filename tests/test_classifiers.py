@@ -215,21 +215,32 @@ def test_scores_agree_with_scikit_learn_and_torchmetrics():
         assert row["auprc"] == pytest.approx(average_precision_score(y, q))
         ece = binary_calibration_error(torch.tensor(q), torch.tensor(y).long(), n_bins=15)
         assert row["ece"] == pytest.approx(ece.item(), abs=1e-5)
-        for name in ("accuracy", "auroc"):
-            assert row[f"{name}_low"] < row[name] < row[f"{name}_high"]
+        for name in c.SCORES:
+            assert row[f"{name}_low"] < row[f"{name}_high"]
+            assert name == "ece" or row[f"{name}_low"] < row[name] < row[f"{name}_high"]
 
 
-def test_resampled_auroc_is_the_auroc_of_the_resample(monkeypatch):
-    from sklearn.metrics import roc_auc_score
+def test_resampled_scores_are_the_scores_of_the_resample(monkeypatch):
+    from sklearn import metrics as reference
 
     rng = np.random.default_rng(1)
-    y, p = rng.integers(0, 2, 60).astype(float), rng.integers(0, 8, 60) / 8
+    y, p = rng.integers(0, 2, 60).astype(np.float32), (rng.integers(0, 8, 60) + 0.5) / 8
     counts = rng.integers(0, 4, (1, 20)).astype(float)
     monkeypatch.setattr(c, "resample_patients", lambda *_: [counts])
-    patients = np.arange(60) // 3
-    low, high = c._auroc_bounds(y, p, patients.astype(str), 1, 0, 0.95)
-    weights = counts[0][np.unique(patients.astype(str), return_inverse=True)[1]]
-    assert low == high == pytest.approx(roc_auc_score(y, p, sample_weight=weights))
+    patients = np.array([f"p{number:02d}" for number in np.arange(60) // 3])
+    (row,) = c.score_heads(y[:, None], p[:, None], patients, ["one"]).to_dict("records")
+    weights = {"sample_weight": counts[0][np.arange(60) // 3]}
+    expected = {
+        "accuracy": reference.accuracy_score(y, p >= 0.5, **weights),
+        "balanced_accuracy": reference.balanced_accuracy_score(y, p >= 0.5, **weights),
+        "auroc": reference.roc_auc_score(y, p, **weights),
+        "auprc": reference.average_precision_score(y, p, **weights),
+    }
+    for name, value in expected.items():
+        assert row[f"{name}_low"] == row[f"{name}_high"] == pytest.approx(value), name
+    drawn = np.repeat(np.arange(60), weights["sample_weight"].astype(int))
+    again = c.score_heads(y[drawn, None], p[drawn, None], patients[drawn], ["one"], 0)
+    assert row["ece_low"] == pytest.approx(again["ece"][0])
 
 
 def test_heads_with_one_class_or_no_film_are_nan_not_an_error():
@@ -241,6 +252,16 @@ def test_heads_with_one_class_or_no_film_are_nan_not_an_error():
     for name in ("auroc", "auprc", "balanced_accuracy", "auroc_low"):
         assert np.isnan(one[name]), name
     assert np.isnan([none["accuracy"], none["majority"], none["ece"], none["auroc_high"]]).all()
+
+
+def test_a_class_absent_from_a_split_is_one_line():
+    labels = np.array([[1, 0, np.nan], [1, 1, np.nan]], np.float32)
+    lines = c.one_sided(labels, ["a", "b", "c"], "test")
+    assert lines == [
+        "a has one class in the test split (all 2 labels are 1): no AUROC",
+        "c has one class in the test split (no label): no AUROC",
+    ]
+    assert c.one_sided(labels[:, 1:2], ["b"], "train") == []
 
 
 def test_scores_refuse_shapes_that_differ():
@@ -260,6 +281,33 @@ def test_saved_classifier_predicts_the_same(trained, tmp_path):
     model.temperature = 1.0
     with pytest.raises(c.ClassifierError, match="1 heads named"):
         c.save_classifier(tmp_path / "judge", model, HEADS[:1])
+
+
+def test_a_judge_says_what_it_learned_from_and_judges_nothing_of_it(trained, tmp_path):
+    keys = c.film_keys(["a", "b"], "phantom 1")
+    assert keys != c.film_keys(["a", "b"], "phantom 2")
+    c.save_classifier(tmp_path, trained[0], HEADS, {"role": "judge", "trained_on": keys})
+    card = c.load_classifier(tmp_path)[1]
+    c.check_judge(card, c.film_keys(["c"], "phantom 1"))
+    c.check_judge(card, c.film_keys(["a"], "phantom 2"))
+    with pytest.raises(c.ClassifierError, match="trained on 1 of the 2 films that it is to judge"):
+        c.check_judge(card, c.film_keys(["b", "c"], "phantom 1"))
+    for other in ({"role": "pupil", "trained_on": []}, {"role": "judge"}, {}):
+        with pytest.raises(c.ClassifierError, match="only a judge") as error:
+            c.check_judge(other, keys)
+        assert "\n" not in str(error.value)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(c.ClassifierError, match="are a judge's"):
+            c.build_classifier("test_efficientnet", 2, weights=str(path))
+
+
+def test_features_are_what_the_last_layer_is_given(trained):
+    model, films = trained[0], squares(5, 0)[0]
+    features = c.features_of(model, films, batch_size=2)
+    last = model.network.get_classifier()
+    logits = torch.from_numpy(features) @ last.weight.T + last.bias
+    assert np.allclose(logits.detach() / model.temperature, c.logits_of(model, films), atol=1e-5)
+    assert c.features_of(model, films[:0]).shape == (0, features.shape[1])
 
 
 def test_damaged_and_missing_classifiers_are_one_line(trained, tmp_path):
@@ -343,7 +391,7 @@ def test_gradients_reach_films_given_as_floats(trained):
     assert films.grad.abs().sum() > 0
 
 
-def test_metrics_and_augment_need_no_torch():
-    script = "import sys, prism_nb.metrics, prism_nb.augment; print('torch' in sys.modules)"
+def test_metrics_need_no_torch():
+    script = "import sys, prism_nb.metrics, prism_nb.geometry; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"

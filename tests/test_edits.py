@@ -92,6 +92,25 @@ def test_truths_are_the_phantoms_own_and_nan_elsewhere(cohort, tmp_path):
 # How an edit is made
 
 
+def test_peers_stand_beside_our_own_with_their_recipes(cohort, tmp_path):
+    chosen = cohort.table.head(4)
+    films, plan = films_of(cohort, chosen), plan_edits(chosen, [Edit("Support Devices", False)])
+    whole = np.ones((len(plan), 64, 64), bool)
+    own, peer = (Edited(films[plan["row"]] * s, whole, whole.mean((1, 2))) for s in (1.0, 0.5))
+    rows = filter_edits(plan, np.full(len(plan), 0.5), own.area, 0.1).assign(seed=3)
+    other = rows.iloc[:1].assign(seed=4)
+    first = Edited(peer.films[:1], peer.masks[:1], peer.area[:1])
+    table = save_edits(
+        tmp_path, rows, own, chosen, {"vae": films}, {}, {"ledits++": (other, first)}
+    )
+    mine, theirs = (table[table["method"] == name] for name in (OWN, "ledits++"))
+    assert len(mine) == len(plan)
+    assert list(theirs["seed"]) == [4]
+    assert not set(theirs["path"]) & set(table.drop(theirs.index)["path"])
+    loaded = uint8_to_unit(load_edit_films(tmp_path, theirs))
+    np.testing.assert_allclose(loaded, first.films, atol=1 / 255)
+
+
 def test_the_profiles_names_are_those_of_the_package():
     assert set(typing.get_args(params.Inversion)) == set(METHODS)
     assert list(typing.get_args(params.Preset)) == list(PRESETS)
@@ -102,6 +121,8 @@ def test_prism_without_null_text_is_refused_before_anything_runs():
         params.check_profile({"preset": "prism"})
     with pytest.raises(params.ProfileError, match="set inversion to null_text"):
         params.check_profile({"preset": "prism", "inversion": "ddim"})
+    with pytest.raises(params.ProfileError, match="peers = 'prism' with inversion = 'direct'"):
+        params.check_profile({"peers": ["sdedit", "prism"]})
     params.check_profile({"preset": "prism", "inversion": "null_text"})
 
 

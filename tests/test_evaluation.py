@@ -1,39 +1,39 @@
 """The evaluator: the do-nothing and the perfect editor frame every method."""
 
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 
-from prism_nb import phantom
-from prism_nb.captions import captions
-from prism_nb.cohort import load_cohort, split_by_patient
+from prism_nb import evidence
 from prism_nb.editing import Edited
 from prism_nb.edits import FLOORS, OWN, Edit, plan_edits, save_edits, truths
-from prism_nb.evaluation import FILTERED, NOTHING, PERFECT, measure_edits
-from prism_nb.findings import PAPER_HEADS
+from prism_nb.evaluation import (
+    FILTERED,
+    GAN,
+    NOTHING,
+    PERFECT,
+    add_baseline,
+    collect,
+    measure,
+)
+from prism_nb.ganterfactual import build_gan
 from prism_nb.images import load_films, uint8_to_unit
 
-HEADS = list(PAPER_HEADS)
+EDITS = [Edit("Support Devices", False), Edit("Pleural Effusion", True)]
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cohort")
-    cohort = load_cohort(phantom.write_cohort(folder, 20, 64, seed=4))
-    table = split_by_patient(cohort.table, 0.5, 0.2)
-    cohort.table = table.assign(caption=captions(table))
-    cohort.settings |= {"image_size": 64, "fit": "squash"}
-    return cohort
+def cohort(make_cohort):
+    return make_cohort(14, 64)
 
 
-def brightness(judge, films):
-    """A stand-in for a judge: each head looks at the mean grey of one quarter of the film."""
-    half = films.shape[1] // 2
-    parts = (
-        films[:, :half, :half],
-        films[:, :half, half:],
-        films[:, half:, :half],
-        films[:, half:, half:],
-    )
+def brightness(films):
+    """A stand-in for a judge: each head looks at the mean grey of one sixth of the film."""
+    parts = [
+        part for half in np.array_split(films, 2, axis=1) for part in np.array_split(half, 3, 2)
+    ]
     return np.stack([part.mean(axis=(1, 2)) / 255 for part in parts], axis=1)
 
 
@@ -42,49 +42,221 @@ def everywhere(films):
     return Edited(films, np.ones(films.shape, bool), np.ones(len(films)))
 
 
-def measure(cohort, folder, edited_of, kept=True):
-    """Write edits made by edited_of(factual, truth) and measure them."""
+def write(cohort, folder, edited_of, kept=True, peers=None):
+    """Write edits made by edited_of(factual, truth), and by peers: the table of edits.parquet."""
     chosen = cohort.table[cohort.table["split"] == "test"].reset_index(drop=True)
     films = uint8_to_unit(load_films([cohort.image_root / p for p in chosen["path"]], 64))
-    edits = [Edit("Support Devices", False), Edit("Pleural Effusion", True)]
-    plan = plan_edits(chosen, edits).assign(s_clip=0.5, kept=kept)
+    plan = plan_edits(chosen, EDITS).assign(s_clip=0.5, kept=kept)
     truth, _ = truths(cohort, plan)
-    edited = everywhere(edited_of(films[plan["row"]], truth))
-    floors = dict.fromkeys(FLOORS, films)
-    table = save_edits(folder, plan, edited, chosen, floors, {})
-    return measure_edits(cohort, table, folder, None, HEADS, brightness)
+    factual = films[plan["row"]]
+    others = {
+        name: (plan.iloc[rows], everywhere(made(factual, truth)[rows]))
+        for name, (made, rows) in (peers or {}).items()
+    }
+    made = everywhere(edited_of(factual, truth))
+    return save_edits(folder, plan, made, chosen, dict.fromkeys(FLOORS, films), {}, others)
+
+
+def measured(cohort, folder, *args, **options):
+    table = write(cohort, folder, *args, **options)
+    return measure(collect(cohort, table, folder), brightness)
+
+
+def truth_of(factual, truth):
+    return truth
+
+
+def nothing_of(factual, truth):
+    return factual
 
 
 def test_a_perfect_method_scores_as_the_perfect_editor(cohort, tmp_path):
-    measured = measure(cohort, tmp_path, lambda factual, truth: truth).set_index("method")
-    names = ["l1", "cpg", "leakage", "error_inside", "error_outside", "tea_effectiveness"]
-    own, perfect = measured.loc[OWN, names], measured.loc[PERFECT, names]
+    frame = measured(cohort, tmp_path, truth_of).set_index("method")
+    names = [name for name in frame if frame[name].dtype.kind == "f"]
+    own, perfect = frame.loc[OWN, names], frame.loc[PERFECT, names]
     np.testing.assert_allclose(own.to_numpy(float), perfect.to_numpy(float), atol=1e-6)
-    np.testing.assert_allclose(perfect["error_inside"], 0, atol=1e-6)
-    np.testing.assert_allclose(perfect["tea_effectiveness"], 1, atol=1e-5)
+    zero = ["error_inside", "true_error", "over_edit", "under_edit", "leakage_beyond_truth"]
+    np.testing.assert_allclose(perfect[[*zero, "attribute_error"]], 0, atol=1e-6)
+    one = ["tea_effectiveness", "id_ratio", "iou_at_area", "pointing_game"]
+    np.testing.assert_allclose(perfect[one], 1, atol=1e-5)
 
 
 def test_a_lazy_method_scores_as_the_do_nothing_editor(cohort, tmp_path):
-    measured = measure(cohort, tmp_path, lambda factual, truth: factual).set_index("method")
+    frame = measured(cohort, tmp_path, nothing_of).set_index("method")
     for method in (OWN, NOTHING, *FLOORS.values()):
-        assert (measured.loc[method, "l1"] == 0).all()
-        assert (measured.loc[method, "cpg"] == 0).all()
-        np.testing.assert_allclose(measured.loc[method, "tea_effectiveness"], 0, atol=1e-6)
-    assert (measured.loc[PERFECT, "l1"] > 0).all()
+        zero = ["l1", "cpg", "cpg_absolute", "leakage", "identity_shift", "sparsity", "over_edit"]
+        zero += ["tea_effectiveness", "iou_at_area", "id_ratio"]
+        np.testing.assert_allclose(frame.loc[method, zero], 0, atol=1e-6)
+        np.testing.assert_allclose(frame.loc[method, ["ssim", "true_error"]], 1, atol=1e-6)
+    assert (frame.loc[PERFECT, "l1"] > 0).all()
+    assert (frame.loc[NOTHING, "attribute_error"] > 0).any()
 
 
 def test_the_filter_only_selects(cohort, tmp_path):
-    measured = measure(cohort, tmp_path, lambda factual, truth: truth, kept=False)
-    assert FILTERED not in set(measured["method"])
-    measured = measure(cohort, tmp_path, lambda factual, truth: truth, kept=True)
-    counts = measured.groupby("method").size()
+    frame = measured(cohort, tmp_path, truth_of, kept=False)
+    assert FILTERED not in set(frame["method"])
+    frame = measured(cohort, tmp_path, truth_of, kept=True)
+    counts = frame.groupby("method").size()
     assert counts[FILTERED] == counts[OWN] == counts[PERFECT] == counts[NOTHING]
 
 
+def test_every_method_of_the_table_is_measured_on_the_edits_that_it_made(cohort, tmp_path):
+    peers = {"lazy": (nothing_of, [0, 1]), "true": (truth_of, [1, 2])}
+    frame = measured(cohort, tmp_path, nothing_of, peers=peers).set_index("method")
+    assert len(frame.loc["lazy"]) == len(frame.loc["true"]) == 2
+    assert (frame.loc["lazy", "true_error"] == 1).all()
+    assert (frame.loc["true", "true_error"] < 1e-6).all()
+    own = frame.loc[OWN].reset_index()
+    assert list(frame.loc["true", "film_id"]) == list(own["film_id"][1:3])
+
+
+def test_the_baseline_makes_the_edits_of_its_finding_only(cohort, tmp_path):
+    cases = collect(cohort, write(cohort, tmp_path, nothing_of), tmp_path)
+    add_baseline(cases, build_gan(32, 4).eval(), "Support Devices")
+    frame = measure(cases, brightness)
+    mine = frame[frame["method"] == GAN]
+    assert set(mine["finding"]) == {"Support Devices"}
+    assert (mine["l1"] > 0).all()
+    none = collect(cohort, write(cohort, tmp_path, nothing_of), tmp_path)
+    add_baseline(none, build_gan(32, 4), "Edema")
+    assert GAN not in none.films
+
+
+def test_films_without_a_truth_are_measured_without_it(cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr("prism_nb.edits.phantom.is_phantom", lambda folder: False)
+    table = write(cohort, tmp_path, nothing_of)
+    cases = collect(cohort, table, tmp_path)
+    frame = measure(cases, brightness)
+    assert PERFECT not in set(frame["method"])
+    assert "leakage_beyond_truth" not in frame
+    assert frame["true_error"].isna().all()
+    assert frame["cpg"].notna().all()
+    own = evidence.filtered(frame, cases.plan)
+    assert np.allclose(own["error"], 1 - own["cpg"])
+
+
+def test_at_224_pixels_films_lose_what_the_baseline_could_not_see(cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr("prism_nb.evaluation.SMALL", 32)
+    frame = measured(cohort, tmp_path, truth_of).set_index("method")
+    assert (frame.loc[NOTHING, ["l1_224", "cpg_224"]] == 0).all(axis=None)
+    close = frame.loc[OWN]
+    np.testing.assert_allclose(close["l1_224"], close["l1"], rtol=0.5)
+    np.testing.assert_allclose(close["cpg_224"], close["cpg"], atol=0.01)
+
+
+# Bad input
+
+
 def test_without_test_edits_the_way_out_is_named(cohort, tmp_path):
-    chosen = cohort.table[cohort.table["split"] == "train"].reset_index(drop=True)
-    plan = plan_edits(chosen, [Edit("Support Devices", False)]).assign(s_clip=0.5, kept=True)
-    edited = everywhere(np.zeros((len(plan), 64, 64), np.float32))
-    table = save_edits(tmp_path, plan, edited, chosen, {}, {})
+    table = write(cohort, tmp_path, nothing_of).assign(split="train")
     with pytest.raises(ValueError, match="raise num_test_films in 03_invert"):
-        measure_edits(cohort, table, tmp_path, None, HEADS, brightness)
+        collect(cohort, table, tmp_path)
+
+
+def test_edits_of_another_cohort_or_size_are_refused_in_one_line(cohort, tmp_path):
+    table = write(cohort, tmp_path, nothing_of)
+    other = replace(cohort, table=cohort.table.assign(film_id="x" + cohort.table["film_id"]))
+    larger = replace(cohort, settings=cohort.settings | {"image_size": 96})
+    for wrong, words in (
+        (other, "the edits are of another cohort"),
+        (larger, "make the edits anew"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            collect(wrong, table, tmp_path)
+        assert "\n" not in str(error.value)
+
+
+# What the measurements say
+
+
+@pytest.fixture(scope="module")
+def both(cohort, tmp_path_factory):
+    """Cases and measurements of a method that does half of what is wanted."""
+    folder = tmp_path_factory.mktemp("half")
+    table = write(cohort, folder, lambda factual, truth: (factual + truth) / 2)
+    cases = collect(cohort, table, folder)
+    return cases, measure(cases, brightness)
+
+
+def test_table_2_has_every_row_and_the_papers_numbers(both):
+    tidy = evidence.table2(both[1], num_bootstrap=20)
+    assert {NOTHING, *FLOORS.values(), OWN, FILTERED, PERFECT, *evidence.PAPER.index} == set(
+        tidy["method"]
+    )
+    assert not any(name.startswith("p ") for name in tidy["metric"])
+    paper = tidy[tidy["method"].isin(evidence.PAPER.index)]
+    assert paper["n"].isna().all()
+    assert sorted(paper["mean"]) == [0.031, 0.091, 0.781, 0.845]
+    shown = evidence.laid_out(tidy, ["l1", "cpg", "cpg_absolute"])
+    assert list(shown.columns) == ["n", "l1", "cpg", "cpg_absolute"]
+    rows = shown.loc["remove Support Devices"]
+    assert list(rows.index[-3:]) == [PERFECT, *evidence.PAPER.index]
+    assert rows.loc[evidence.PAPER.index[1], "l1"] == "0.031"
+    assert " to " in rows.loc[OWN, "l1"]
+
+
+def test_leakage_is_the_mean_change_of_each_head(both):
+    made, true = (evidence.leakage_matrix(both[1], method) for method in (OWN, PERFECT))
+    assert list(made.index) == list(dict.fromkeys(both[0].plan["edit"]))
+    np.testing.assert_allclose(made, true / 2, atol=2e-3)
+    assert (evidence.leakage_matrix(both[1], "VAE") == 0).all(axis=None)
+
+
+def test_logits_move_as_far_as_the_floors_move_them(both):
+    frame = both[1].copy()
+    rows = frame["method"] == "VAE"
+    p = frame.loc[rows, "p No Finding"]
+    frame.loc[rows, "p No Finding"] = 1 / (1 + np.exp(-(np.log(p / (1 - p)) - 0.3)))
+    table = evidence.logit_changes(frame, 20).set_index(["method", "head"])
+    assert table.loc[("VAE", "No Finding"), "mean"] == pytest.approx(0.3, abs=1e-5)
+    assert table["mean"].sum() == pytest.approx(0.3, abs=1e-5)
+    assert (table["n"] == frame["film_id"].nunique()).all()
+
+
+def test_realism_knows_real_films_from_noise(both):
+    cases, real = replace(both[0], films=dict(both[0].films)), both[0].factual
+    cases.add("noise", np.random.default_rng(0).integers(0, 256, real.shape, np.uint8))
+    table = evidence.realism(cases, real, brightness).set_index("method")
+    assert table.loc["noise", "kid"] > table.loc[NOTHING, "kid"] + 0.01
+    assert list(table.index) == list(cases.films)
+
+
+def own_edits(error, kept):
+    patients = [f"p{number}" for number in range(len(error))]
+    score = np.where(kept, 0.5, 0.0) + np.linspace(0, 0.01, len(error))
+    return pd.DataFrame(
+        {"error": np.asarray(error, float), "kept": kept, "s_clip": score, "patient_id": patients}
+    ).assign(edit="remove Edema")
+
+
+@pytest.mark.parametrize(
+    ("error", "kept", "words"),
+    [
+        ([0.1, 0.2, 0.1, 0.9, 0.8, 0.9], [1, 1, 1, 0, 0, 0], "; it helps."),
+        ([0.9, 0.8, 0.9, 0.1, 0.2, 0.1], [1, 1, 1, 0, 0, 0], "; it keeps the worse ones."),
+        ([0.1, 0.9, 0.5, 0.1, 0.9, 0.5], [1, 1, 1, 0, 0, 0], "do not tell."),
+        ([0.1, 0.9], [1, 1], "keeps all 2 edits, so it selects nothing"),
+        ([0.1, 0.9], [0, 0], "rejects all 2 edits"),
+        ([np.nan], [1], "Nothing can be said"),
+    ],
+)
+def test_the_filters_sentence_goes_both_ways(error, kept, words):
+    said = evidence.filter_sentence(own_edits(error, np.array(kept, bool)), num_bootstrap=200)
+    assert words in said
+    assert "\n" not in said
+
+
+def test_a_hard_kind_of_edit_does_not_decide_for_the_filter():
+    easy = own_edits([0.1, 0.2, 0.1, 0.2], np.array([1, 0, 1, 0], bool))
+    hard = own_edits([9.0, 18.0, 9.0, 18.0], np.array([1, 0, 1, 0], bool)).assign(edit="hard")
+    own = pd.concat([easy, easy, hard], ignore_index=True)
+    said = evidence.filter_sentence(own, num_bootstrap=200)
+    assert "a kept one has 0.67 and a rejected one 1.33" in said
+    assert "it helps" in said
+
+
+def test_the_worst_of_each_kind_come_first():
+    own = own_edits([0.2, np.nan, 0.9, 0.4], np.ones(4, bool))
+    assert evidence.worst(own, 2) == [2, 3]
+    own.loc[0, "edit"] = "add Edema"
+    assert evidence.worst(own, 1) == [0, 2]

@@ -6,7 +6,6 @@ import pandas as pd
 import pytest
 
 from prism_nb import figures
-from prism_nb.studio import page_through
 
 FILMS = np.random.default_rng(0).random((3, 16, 16), np.float32)
 
@@ -81,20 +80,26 @@ def test_predictions_and_arms_and_losses_draw():
     assert len(figures.plot_losses(losses, {0: 1.0, 2: 0.4}).lines) == 3
 
 
-def test_the_pager_turns_pages_and_closes_its_figures():
-    asked = []
+def test_labels_stand_beside_the_probabilities():
+    pairs = [(FILMS[0], np.array([0.1, 0.9]))]
+    truth = [([0.0, 1.0], [0.0, 0.0])]
+    bars = figures.plot_predictions(pairs, pairs, ["a", "b"], ["t"], truth)[0, 2]
+    diamonds = [line for line in bars.lines if line.get_marker() == "D"]
+    assert [list(line.get_xdata()) for line in diamonds] == [[0, 1], [0, 0]]
+    factual, edited = (line.get_ydata() for line in diamonds)
+    assert (factual < edited).all()  # as the bars stand
 
-    def draw(number):
-        asked.append(number)
-        return figures.plot_films(FILMS[[number]], [str(number)], columns=1)
 
-    pager = page_through(3, draw)
-    slider, picture = pager.children
-    first = picture.value
-    assert first[:4] == b"\x89PNG"
-    slider.value = 2
-    assert asked == [0, 2]
-    assert picture.value != first
-    assert not plt.get_fignums()
-    with pytest.raises(ValueError, match="nothing to show"):
-        page_through(0, draw)
+def test_leakage_has_one_scale_for_made_and_true():
+    change = pd.DataFrame([[0.5, -0.2]], index=["add Edema"], columns=["Edema", "Fracture"])
+    both = figures.plot_leakage(change, change / 2)
+    assert both.shape == (1, 2)
+    assert {ax.collections[0].get_clim() for ax in both.flat} == {(-1, 1)}
+    assert figures.plot_leakage(change).shape == (1, 1)
+
+
+def test_the_filter_is_a_line():
+    own = pd.DataFrame({"s_clip": [0.0, 0.5], "error": [2.0, 0.3], "edit": ["a", "b"]})
+    ax = figures.plot_filter(own, 0.1, "error")
+    assert [0.1, 0.1] in [list(line.get_xdata()) for line in ax.lines]
+    assert len(ax.collections[0].get_offsets()) == 2

@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 ORDER = """
-    files checkpoints findings images layouts cohort phantom captions diffusion latents finetune
-    inversion attention masks editors editing scoring edits networks metrics classifiers evaluation
-    ganterfactual augment arms vqa
-    params figures studio run manifest execute report doctor cli
+    files checkpoints findings dicom images columns layouts cohort phantom captions diffusion
+    latents finetune inversion regeneration attention masks editors editing scoring edits networks
+    metrics geometry classifiers ganterfactual judging evaluation evidence methods arms augment
+    study vqa params figures run leaderboard workbench studio manifest execute report doctor cli
 """.split()  # noqa: SIM905
 PROGRAMS = ("pretrain", "quality")  # of the phantom: they stand below all that they call
 HEAVY = {

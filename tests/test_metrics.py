@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +31,11 @@ def test_perfect_editor_scores_perfectly():
     assert np.array_equal(m.error_inside(TRUTH, TRUTH, MASK), np.zeros(6))
     assert np.array_equal(m.error_outside(TRUTH, TRUTH, MASK), np.zeros(6))
     assert np.allclose(m.psnr(TRUTH, TRUTH), m.PSNR_CAP)
+    assert np.allclose(m.ssim(TRUTH, TRUTH), 1)
+    assert np.array_equal(m.true_error(*edit), np.zeros(6))
+    assert np.allclose(m.id_ratio(*edit), 1)
+    assert np.array_equal(m.pointing_game(FACTUAL, TRUTH, MASK), np.ones(6))
+    assert np.allclose(m.sparsity(FACTUAL, TRUTH), MASK.mean(axis=(1, 2)))
 
 
 def test_doing_nothing_scores_zero():
@@ -40,7 +46,11 @@ def test_doing_nothing_scores_zero():
     inside = [WANTED[i][MASK[i]].mean() for i in range(6)]
     assert np.allclose(m.error_inside(FACTUAL, TRUTH, MASK), inside, rtol=1e-5)
     assert np.array_equal(m.error_outside(FACTUAL, TRUTH, MASK), np.zeros(6))
-    assert np.array_equal(m.l1(FACTUAL, FACTUAL), np.zeros(6))
+    for metric in (m.l1, m.sparsity):
+        assert np.array_equal(metric(FACTUAL, FACTUAL), np.zeros(6)), metric.__name__
+    assert np.array_equal(m.pointing_game(FACTUAL, FACTUAL, MASK), np.zeros(6))
+    assert np.allclose(m.true_error(*edit), 1)
+    assert np.array_equal(m.id_ratio(*edit), np.zeros(6))
 
 
 def test_shuffled_truth_fails():
@@ -50,6 +60,9 @@ def test_shuffled_truth_fails():
     assert (m.over_edit(*edit) > 0.5).all()
     assert (m.iou_at_area(*edit) < 0.5).all()
     assert (m.error_outside(shuffled, TRUTH, MASK) > 0.1).all()
+    assert (m.true_error(*edit) > 1).all()
+    elsewhere = np.where(MASK, FACTUAL, FACTUAL * 0.5).astype(np.float32)
+    assert np.array_equal(m.pointing_game(FACTUAL, elsewhere, MASK), np.zeros(6))
 
 
 def test_half_and_overshooting_edits():
@@ -81,17 +94,30 @@ def test_iou_counts_ties_in_proportion():
 
 
 def test_nothing_wanted_and_empty_masks_are_nan():
-    for metric in (m.tea_effectiveness, m.tea_amplification, m.under_edit, m.iou_at_area):
+    undefined = (m.tea_effectiveness, m.tea_amplification, m.under_edit, m.iou_at_area)
+    for metric in (*undefined, m.true_error, m.id_ratio):
         assert np.isnan(metric(FACTUAL, TRUTH, FACTUAL)).all(), metric.__name__
     empty = np.zeros_like(MASK)
     assert np.isnan(m.error_inside(TRUTH, TRUTH, empty)).all()
     assert np.isnan(m.error_outside(TRUTH, TRUTH, ~empty)).all()
+    assert np.isnan(m.pointing_game(FACTUAL, TRUTH, empty)).all()
+
+
+def test_constant_images_are_defined():
+    grey = np.full((2, 16, 16), 0.5, np.float32)
+    assert np.allclose(m.ssim(grey, grey), 1)
+    assert (m.ssim(grey, grey / 2) < 1).all()
+    assert np.array_equal(m.sparsity(grey, grey + 0.02), np.zeros(2))
+    assert np.allclose(m.l1(grey, grey + 0.02), 0.02)
 
 
 def test_no_images_give_no_values():
     none = FACTUAL[:0]
-    for values in (m.l1(none, none), m.psnr(none, none), m.tea_effectiveness(none, none, none)):
-        assert values.shape == (0,)
+    for metric in (m.l1, m.psnr, m.ssim, m.sparsity):
+        assert metric(none, none).shape == (0,)
+    for metric in (m.tea_effectiveness, m.true_error, m.iou_at_area):
+        assert metric(none, none, none).shape == (0,)
+    assert m.pointing_game(none, none, MASK[:0]).shape == (0,)
 
 
 def test_l1_and_psnr_by_hand():
@@ -100,6 +126,63 @@ def test_l1_and_psnr_by_hand():
     grey[0, 0, 0] = 0.2
     assert m.l1(dark, grey) == pytest.approx([0.05])
     assert m.psnr(dark, grey) == pytest.approx([20.0], abs=1e-4)  # -10 log10(0.04 / 4)
+
+
+def test_ssim_is_that_of_each_film():
+    from torchmetrics.functional.image import structural_similarity_index_measure as reference
+
+    noisy = (FACTUAL + 0.05 * rng.standard_normal(FACTUAL.shape)).clip(0, 1).astype(np.float32)
+    one = [torch.from_numpy(x[2:3])[None] for x in (noisy, FACTUAL)]
+    assert m.ssim(FACTUAL, noisy)[2] == pytest.approx(reference(*one, data_range=1.0).item(), 1e-4)
+    assert (m.ssim(FACTUAL, noisy) < 0.99).all()
+
+
+def test_lpips_fetches_nothing_and_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(m.MetricError, match=r"put torchvision's alexnet-\S+ into") as error:
+        m.lpips(FACTUAL, TRUTH)
+    assert "\n" not in str(error.value)
+    m.lpips_weights().parent.mkdir(parents=True)
+    m.lpips_weights().touch()
+    monkeypatch.setattr("torchmetrics.functional.image.lpips._get_tv_model_features", untrained)
+    films = np.repeat(np.repeat(FACTUAL[:2], 2, 1), 2, 2)  # AlexNet needs 63 pixels
+    assert np.allclose(m.lpips(films, films), 0)
+    assert (m.lpips(films, 1 - films) > 0).all()
+    assert m.lpips(films[:1], films[:1]).shape == (1,)
+
+
+def untrained(net, pretrained):
+    from torchvision.models import alexnet
+
+    return alexnet(weights=None).features
+
+
+def test_composition_and_reversibility_count_cycles():
+    def fade(films):
+        return films * np.float32(0.9)
+
+    def brighten(films):
+        return films / np.float32(0.9)
+
+    for cycles in (1, 5):
+        lost = FACTUAL.mean(axis=(1, 2)) * (1 - 0.9**cycles)
+        assert np.allclose(m.composition(FACTUAL, fade, cycles), lost, atol=1e-6)
+        assert np.allclose(m.reversibility(FACTUAL, fade, brighten, cycles), 0, atol=1e-6)
+        assert np.allclose(m.reversibility(FACTUAL, fade, lambda x: x, cycles), lost, atol=1e-6)
+
+
+def test_kid_is_torchmetrics_and_near_zero_for_one_population():
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = rng.normal(size=(40, 8)), rng.normal(0.5, 1, (60, 8))
+    subset = m.kid(a, b[:40], num_subsets=3, subset_size=99)  # whole sets, in any order
+    assert subset[0] == pytest.approx(poly_mmd(torch.tensor(a), torch.tensor(b[:40])).item())
+    assert subset[1] == pytest.approx(0, abs=1e-9)
+    same, _ = m.kid(rng.normal(size=(300, 8)), rng.normal(size=(300, 8)), 50, 100)
+    assert abs(same) < 0.05 < m.kid(a, b)[0]
+    assert m.kid(a, b, seed=1) == m.kid(a, b, seed=1) != m.kid(a, b, seed=2)
+    with pytest.raises(m.MetricError, match="2 films or more"):
+        m.kid(a[:1], b)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +199,8 @@ def test_l1_and_psnr_by_hand():
     ],
 )
 def test_wrong_images_are_refused_in_one_line(bad, words):
-    for call in (lambda: m.l1(FACTUAL, bad), lambda: m.tea_effectiveness(FACTUAL, bad, TRUTH)):
+    calls = [lambda f=f: f(FACTUAL, bad) for f in (m.l1, m.ssim, m.sparsity)]
+    for call in (*calls, lambda: m.tea_effectiveness(FACTUAL, bad, TRUTH)):
         with pytest.raises(m.MetricError) as error:
             call()
         message = str(error.value).replace("[50,", "[51,")
@@ -152,6 +236,11 @@ def test_leakage_leaves_out_the_edited_head_and_what_the_truth_moves():
     assert np.isnan(m.leakage(before[:, :1], after[:, :1], 0)).all()
     with pytest.raises(m.MetricError, match="0 to 2"):
         m.leakage(before, after, 3)
+
+
+def test_identity_shift_is_the_mean_over_who_it_is():
+    before, after = np.array([[0.9, 0.5], [0.2, 0.2]]), np.array([[0.5, 0.7], [0.2, 0.2]])
+    assert np.allclose(m.identity_shift(before, after), [0.3, 0.0])
 
 
 def test_wrong_probabilities_are_refused():

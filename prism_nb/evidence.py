@@ -1,0 +1,182 @@
+"""What the measurements say: Table 2, leakage, Appendix B, realism, whether the filter helps.
+
+Everything starts from `measured` of evaluation.measure: a row an edit and method, a column a
+metric, and the judge's probabilities `p HEAD`. The paper's own numbers stand beside ours, marked as
+another data set: its methods were judged by different classifiers at different resolutions.
+Used by notebook 05.
+"""
+
+from functools import partial
+
+import numpy as np
+import pandas as pd
+from scipy.special import logit
+
+from prism_nb import metrics
+from prism_nb.captions import edit_labels
+from prism_nb.edits import FLOORS, OWN
+from prism_nb.evaluation import GAN, NOTHING, PERFECT
+from prism_nb.findings import PAPER_HEADS
+from prism_nb.ganterfactual import translate
+from prism_nb.images import uint8_to_unit, unit_to_uint8
+
+PAPER = pd.DataFrame(  # Table 2 of the paper; CPG is absolute there, by another classifier each
+    {"l1": [0.091, 0.031], "cpg_absolute": [0.781, 0.845]},
+    index=[f"{GAN} (paper, CheXpert)", f"{OWN} (paper, CheXpert)"],
+)
+PAPER_EDIT = "remove Support Devices"
+LAST = [GAN, PERFECT, *PAPER.index]  # in the table; what comes before keeps its order
+
+
+def table2(measured, num_bootstrap=1000, seed=0):
+    """Mean and interval by patient of every metric: one row an edit, method and metric.
+
+    Columns as of metrics.summarise; the paper's numbers are the last rows, without n. A metric
+    that an edit does not have, for want of a truth or a head, has no row.
+    """
+    names = [n for n in measured if measured[n].dtype.kind == "f" and not n.startswith("p ")]
+    tidy = metrics.summarise(
+        measured, ["edit", "method"], names, num_bootstrap=num_bootstrap, seed=seed
+    )
+    paper = PAPER.rename_axis("method").reset_index().melt("method", None, "metric", "mean")
+    both = pd.concat([tidy[tidy["n"] > 0], paper.assign(edit=PAPER_EDIT)], ignore_index=True)
+    return both.astype({"n": "Int64", "patients": "Int64"})
+
+
+def laid_out(tidy, names, digits=3):
+    """Some metrics of table2 as text, "mean (low to high)": rows edit and method, with n."""
+    part = tidy[tidy["metric"].isin(names)].copy()
+    part["text"] = [_interval(row, digits) for row in part.itertuples()]
+    wide = part.pivot(index=["edit", "method"], columns="metric", values="text")
+    wide = wide.reindex(columns=[name for name in names if name in wide])
+    wide.insert(0, "n", part.groupby(["edit", "method"])["n"].max())
+    methods = sorted(dict.fromkeys(part["method"]), key=lambda m: m in LAST and LAST.index(m) + 1)
+    places = pd.MultiIndex.from_product([part["edit"].unique(), methods], names=wide.index.names)
+    return wide.reindex(places[places.isin(wide.index)]).fillna(dict.fromkeys(names, ""))
+
+
+def _interval(row, digits):
+    text = f"{row.mean:.{digits}f}"
+    return text if np.isnan(row.low) else f"{text} ({row.low:.{digits}f} to {row.high:.{digits}f})"
+
+
+def probabilities(measured, method, heads=PAPER_HEADS):
+    """The judge's probabilities of a method's films: rows film_id and edit, a column a head."""
+    part = measured[measured["method"] == method].set_index(["film_id", "edit"])
+    return part[[f"p {head}" for head in heads]].set_axis(list(heads), axis=1)
+
+
+def leakage_matrix(measured, method=OWN):
+    """Mean change of every head's probability, a row an edit: what it should move, and what not."""
+    after = probabilities(measured, method)
+    change = after - probabilities(measured, NOTHING).loc[after.index]
+    return change.groupby("edit", sort=False).mean()
+
+
+def logit_changes(measured, num_bootstrap=1000, seed=0):
+    """How far the floors move the judge's logits (Appendix B): a row a floor and head.
+
+    Mean absolute change over the films, each once, with its interval by patient; 0 is best.
+    """
+    parts, before = [], probabilities(measured, NOTHING)
+    for floor in FLOORS.values():
+        after = probabilities(measured, floor)
+        if len(after):
+            p = [part.loc[after.index].clip(1e-6, 1 - 1e-6) for part in (before, after)]
+            moved = (logit(p[1]) - logit(p[0])).abs().groupby("film_id").first()
+            parts.append(moved.melt(ignore_index=False, var_name="head").assign(method=floor))
+    who = measured.groupby("film_id")["patient_id"].first()
+    frame = pd.concat(parts).join(who).rename(columns={"value": "logit_change"})
+    by = ["method", "head"]
+    return metrics.summarise(frame, by, "logit_change", num_bootstrap=num_bootstrap, seed=seed)
+
+
+def labels_around(cohort, plan, heads=PAPER_HEADS):
+    """What a film shows before and after an edit: two lists of labels an edit, for Figure 6."""
+    films, heads = cohort.table.set_index("film_id").loc[plan["film_id"]], list(heads)
+    pairs = zip(films.iloc, plan.itertuples(), strict=True)
+    edited = [(film, edit_labels(film, row.finding, bool(row.present))) for film, row in pairs]
+    return [[list(film[heads]) for film in pair] for pair in edited]
+
+
+def cycles(cases, gan, finding):
+    """L1 of the baseline's null edit repeated, and of its edit taken back, a row 1 and 5 cycles.
+
+    Over the films whose finding it removes; both are 0 for an editor that does only what is asked.
+    """
+    rows = (cases.plan["finding"] == finding) & ~cases.plan["present"].astype(bool)
+    x = uint8_to_unit(cases.factual[rows])
+    found = {"composition": [], "reversibility": []}
+
+    def add(films, present=True):
+        return uint8_to_unit(translate(gan, unit_to_uint8(films), present))
+
+    for count in (1, 5):
+        found["composition"].append(metrics.composition(x, add, count).mean())
+        there = partial(add, present=False)
+        found["reversibility"].append(metrics.reversibility(x, there, add, count).mean())
+    return pd.DataFrame(found, index=pd.Index([1, 5], name="cycles"))
+
+
+def realism(cases, real, features, seed=0):
+    """KID of each method's films against real ones: a row a method, lower is more like them.
+
+    real (N, H, W) uint8: other films of the test split; features(films) gives (N, D). The films of
+    doing nothing and the perfect editor say what a perfect score looks like here.
+    """
+    known, rows = features(real), []
+    for method, films in cases.films.items():
+        films = films[cases.made[method]]
+        if min(len(films), len(real)) > 1:
+            mean, std = metrics.kid(features(films), known, seed=seed)
+            rows.append({"method": method, "films": len(films), "kid": mean, "std": std})
+    return pd.DataFrame(rows, columns=["method", "films", "kid", "std"])
+
+
+def filtered(measured, plan):
+    """Our own edits with s_clip, kept and `error`: to the truth, or 1 - CPG where none is known."""
+    own = measured[measured["method"] == OWN].reset_index(drop=True)
+    own = own.join(plan[["s_clip", "kept"]].astype({"kept": bool}))
+    known = "true_error" in own and own["true_error"].notna().any()
+    return own.assign(error=own["true_error"] if known else 1 - own["cpg"])
+
+
+def filter_sentence(own, what="error to the truth", num_bootstrap=1000, seed=0):
+    """Say whether the S_CLIP filter helps, whichever way it came out; own: of `filtered`.
+
+    Errors are divided by the mean of their kind of edit, so that a hard kind does not decide.
+    """
+    own = own[own["error"].notna()]
+    of_kind = own.groupby("edit")
+    error = (own["error"] / of_kind["error"].transform("mean")).fillna(1)
+    rank = (own["s_clip"] - of_kind["s_clip"].transform("mean")).corr(error, "spearman")
+    also = "" if np.isnan(rank) else f" (rank correlation of score and error {rank:+.2f})"
+    kept, error, n = own["kept"].to_numpy(), error.to_numpy(), len(own)
+    if not n:
+        return "Nothing can be said of the S_CLIP filter: no edit has an error that is known."
+    if kept.all() or not kept.any():
+        did = "keeps" if kept.all() else "rejects"
+        return f"The S_CLIP filter {did} all {n} edits, so it selects nothing here{also}."
+    codes, draws = metrics.patient_codes(own["patient_id"]), []
+    for weights in metrics.resample_patients(codes.max() + 1, num_bootstrap, seed):
+        w = weights[:, codes]
+        means = [metrics.ratio(w @ (error * part), w @ part) for part in (kept, ~kept)]
+        draws.append(means[0] - means[1])
+    low, high = metrics.percentile_bounds(draws)
+    facts = f"keeps {kept.sum()} of {n} edits: of the mean {what} of its kind, a kept one has "
+    facts += (
+        f"{error[kept].mean():.2f} and a rejected one {error[~kept].mean():.2f}, 95 % interval "
+    )
+    facts += f"of the difference {low:+.2f} to {high:+.2f}{also}"
+    verdict = "whether it helps, these films do not tell"
+    if high < 0:
+        verdict = "it helps"
+    elif low > 0:
+        verdict = "it keeps the worse ones"
+    return f"The S_CLIP filter {facts}; {verdict}."
+
+
+def worst(own, each=2):
+    """Positions of the edits with the largest errors, `each` a kind; own: of `filtered`."""
+    falling = own.dropna(subset="error").sort_values("error", ascending=False, kind="stable")
+    return falling.groupby("edit", sort=False).head(each).sort_values("edit").index.to_list()
