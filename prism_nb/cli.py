@@ -259,6 +259,57 @@ def _write_edit(out: Path, film: object, edited: object, about: dict) -> list[Pa
 
 
 @app.command()
+def benchmark(
+    model: Annotated[str, typer.Option(help="A run folder, or a base model.")] = "phantom",
+    num_films: Annotated[int, typer.Option(help="Films an edit, a patient each.")] = 64,
+    edits: Annotated[str, typer.Option(help="Comma-separated; else the paper's four.")] = "",
+    methods: Annotated[str, typer.Option(help="Comma-separated, or all; else the usual.")] = "",
+    seed: Annotated[int, typer.Option(help="Of the methods' noise; the films stay.")] = 0,
+    steps: Annotated[int, typer.Option(help="N, steps of DDIM.")] = 20,
+    out: Annotated[Path, typer.Option(help="Folder; what is finished there is kept.")] = Path(
+        "runs/benchmark"
+    ),
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+) -> None:
+    """Compare methods of editing on unseen phantom films, against the truth: a leaderboard."""
+    import matplotlib
+
+    with _one_line_errors(ValueError):
+        matplotlib.use("agg")
+        from prism_nb.leaderboard import benchmark
+        from prism_nb.methods import choose
+
+        names, wanted = _listed(methods), _listed(edits)
+        choose(names)  # a wrong name is said before the slow part
+        loaded, words = _load_for_benchmark(model, precision)
+        benchmark(loaded, out, num_films, wanted, names, steps, seed, words)
+        print((out / "leaderboard.md").read_text(encoding="utf-8"))
+        print(f"  wrote         {out}: leaderboard.md, .csv, differences.csv, contact.png")
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _load_for_benchmark(model: str, precision: str) -> tuple:
+    """The model of a run folder or a base, and how its captions are worded."""
+    from transformers.utils import logging
+
+    from prism_nb.cohort import read_cohort
+    from prism_nb.diffusion import load_model
+
+    logging.disable_progress_bar()
+    folder = Path(model)
+    if not (folder / "cohort.json").is_file():
+        return load_model(model, precision=precision), ()
+    if not (folder / "model" / "base.json").is_file():
+        raise ValueError(f"{folder} has no model yet: run 02_finetune in it, or give a base model")
+    settings = read_cohort(folder).settings
+    words = settings["template"], settings["negatives"]
+    return load_model(str(folder / "model"), precision=precision), words
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine: Python, packages, device, memory, disk, kernel; how to fix what lacks."""
     from prism_nb.doctor import checks

@@ -22,7 +22,7 @@ def call(*arguments):
 def test_alone_it_shows_help():
     code, said, _ = call()
     assert code == 0
-    for command in ("run", "status", "params", "report", "edit", "doctor"):
+    for command in ("run", "status", "params", "report", "edit", "benchmark", "doctor"):
         assert f"  {command} " in said
 
 
