@@ -70,3 +70,38 @@ def model(random_base):
     from prism_nb.diffusion import load_model
 
     return load_model(str(random_base), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(random_base, make_cohort, tmp_path_factory):
+    """A run folder of six inverted and edited films of 64 px, as notebooks 01 to 05 leave one.
+
+    Copy it before you write into it.
+    """
+    from prism_nb import classifiers, edits
+    from prism_nb.cohort import write_cohort
+    from prism_nb.diffusion import encode_films, load_model, save_unet
+    from prism_nb.editing import edit
+    from prism_nb.findings import PAPER_HEADS
+    from prism_nb.images import load_films, uint8_to_unit
+    from prism_nb.inversion import invert
+
+    folder, cohort = tmp_path_factory.mktemp("tiny") / "run", make_cohort(20, 64)
+    cohort.settings |= {"template": "plain", "negatives": False}
+    write_cohort(cohort, folder)
+    model = load_model(str(random_base), device="cpu")
+    save_unet(model, folder / "model")
+    chosen = cohort.table.head(6)
+    films = load_films([cohort.image_root / path for path in chosen["path"]], 64)
+    films, texts = uint8_to_unit(films), list(chosen["caption"])
+    found = invert(model, encode_films(model, films), list(chosen["film_id"]), texts, num_steps=3)
+    found.save(folder / "inversions")
+    plan = edits.plan_edits(chosen, [edits.Edit("Support Devices", False)])
+    made = edit(model, found, films, plan["row"], plan["target"], mask="none")
+    rows = edits.filter_edits(plan, [0.5] * len(plan), made.area, 0.1)
+    rows = rows.assign(**edits.recipe(found, "default", mask="none"))
+    edits.save_edits(folder / "edits", rows, made, chosen, {"vae": films}, {})
+    judge = classifiers.build_classifier("test_efficientnet", len(PAPER_HEADS))
+    judge.image_size = 64
+    classifiers.save_classifier(folder / "classifiers" / "judge", judge, PAPER_HEADS)
+    return folder
