@@ -55,7 +55,7 @@ def test_a_run_that_is_not_so_far_names_the_notebook(tiny_run, tmp_path, lost, n
 
 
 def test_edits_are_those_of_the_package(bench, film, monkeypatch):
-    film, source, _ = film
+    film, source, target = film
     row = bench.inverted.film_ids.index(film)
     x = film_of(bench, film)[None]
     expected = edit(
@@ -76,7 +76,7 @@ def test_edits_are_those_of_the_package(bench, film, monkeypatch):
 
 
 def test_another_caption_or_number_of_steps_inverts_once(bench, film):
-    film, source, _ = film
+    film, source, target = film
     assert make_edit(bench, film, source, target).call["num_steps"] == 3
     assert not bench.recent
     make_edit(bench, film, source + ", edema", target)
@@ -103,7 +103,7 @@ def test_boxes_bound_an_edit(bench, film):
 
 
 def test_progress_counts_and_what_it_raises_ends_the_edit(bench, film):
-    film, source, _ = film
+    film, source, target = film
     seen = []
     make_edit(bench, film, "chest x-ray", target, progress=lambda *at: seen.append(at))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -181,7 +181,7 @@ def test_edits_of_another_model_are_not_shown(tiny_run, tmp_path, bench):
 
 
 def test_the_truth_is_found_from_the_captions(bench, film):
-    film, source, _ = film
+    film, source, target = film
     result = make_edit(bench, film, source, target, mask="none")
     do = {"Support Devices": 0}
     truth, _ = phantom.true_counterfactual(bench.cohort.image_root, film, do, 64)
