@@ -1,88 +1,16 @@
-"""Augmentation: equal budgets, labels of counterfactuals, groups, and paired comparisons."""
-
-from types import SimpleNamespace
+"""Augmentation: labels of counterfactuals, no leak, and the films that each arm adds."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from prism_nb import augment as a
-from prism_nb.findings import FINDINGS, PAPER_HEADS
-
-HEADS = list(PAPER_HEADS)
-EFFUSION, DEVICES = HEADS.index("Pleural Effusion"), HEADS.index("Support Devices")
-
-
-def films(num, value, heads=4):
-    """Films whose grey value says where they come from, and labels with their number in front."""
-    labels = np.zeros((num, heads), dtype=np.float32)
-    labels[:, 0] = np.arange(num) % 2
-    return np.full((num, 4, 4), value, dtype=np.uint8), labels
-
-
-REAL = films(10, 10)
-EXTRA = {"counterfactuals": films(6, 20), "true_counterfactuals": films(6, 30)}
-
-
-def test_arms_have_equal_budgets():
-    sizes = {name: len(a.build_arm(name, *REAL, EXTRA)[0]) for name in a.ARMS}
-    assert sizes == {
-        "plain": 10,
-        "duplicates": 16,
-        "counterfactuals": 16,
-        "true_counterfactuals": 16,
-    }
-    for name, value in (("duplicates", 10), ("counterfactuals", 20), ("true_counterfactuals", 30)):
-        images, labels = a.build_arm(name, *REAL, EXTRA)
-        assert np.array_equal(images[:10], REAL[0])
-        assert (images[10:] == value).all()
-        assert labels.shape == (16, 4)
-
-
-def test_smallest_extra_sets_the_budget():
-    extra = {"counterfactuals": films(7, 20), "true_counterfactuals": films(3, 30)}
-    assert {len(a.build_arm(name, *REAL, extra)[0]) for name in a.ARMS[1:]} == {13}
-
-
-def test_paired_extras_of_one_size_are_kept_whole_and_in_order():
-    _, labels = a.build_arm("counterfactuals", *REAL, EXTRA)
-    assert np.array_equal(labels[10:], EXTRA["counterfactuals"][1])
-
-
-def test_duplicates_repeat_every_film_before_any_twice():
-    images = np.arange(5, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), dtype=np.uint8)
-    many = {"counterfactuals": films(12, 99, 1)}
-    arm, _ = a.build_arm("duplicates", images, np.zeros((5, 1)), many, seed=1)
-    times = np.bincount(arm[:, 0, 0])
-    assert times.sum() == 17
-    assert times.min() == 3
-    assert times.max() == 4
-    again, _ = a.build_arm("duplicates", images, np.zeros((5, 1)), many, seed=1)
-    assert np.array_equal(arm, again)
-
-
-@pytest.mark.parametrize(
-    ("name", "extra", "words"),
-    [
-        ("counterfactual", EXTRA, "nearest is 'counterfactuals'"),
-        ("counterfactuals", {}, "extra films are none"),
-        ("duplicates", {"counterfactuals": films(0, 20)}, "counterfactuals 0"),
-        ("true_counterfactuals", {"counterfactuals": films(6, 20)}, "counterfactuals 6"),
-        ("counterfactuals", {"counterfactuals": films(6, 20, 3)}, "with 3 labels"),
-        ("duplicates", {"counterfactuals": (REAL[0] / 255, REAL[1])}, "float64"),
-        ("duplicates", {"counterfactuals": (REAL[0], REAL[1][:4])}, "are needed"),
-    ],
-)
-def test_arms_that_cannot_be_built_are_one_line(name, extra, words):
-    with pytest.raises(a.AugmentError) as error:
-        a.build_arm(name, *REAL, extra)
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_no_real_films_are_refused():
-    with pytest.raises(a.AugmentError, match="no real films"):
-        a.build_arm("plain", *films(0, 10))
+from prism_nb import phantom
+from prism_nb.arms import AugmentError
+from prism_nb.edits import parse_edit, plan_edits
+from prism_nb.findings import FINDINGS
+from prism_nb.ganterfactual import build_gan, save_gan
+from prism_nb.images import load_films
 
 
 def test_counterfactual_labels_change_one_finding_and_recompute_no_finding():
@@ -105,133 +33,94 @@ def test_edits_of_test_patients_are_refused():
     a.check_source(["a", "c", "a"], table)
     with pytest.raises(a.AugmentError, match=r"1 patients .*\(the first is b\)"):
         a.check_source(["a", "b", "b"], table)
+    with pytest.raises(AugmentError, match="no counterfactuals of training films"):
+        a.check_source([], table)
 
 
-def test_correct_predictions():
-    right = a.correct_predictions([[1, 0, np.nan, 1]], [[0.6, 0.6, 0.6, 0.5]])
-    assert np.array_equal(right, [[1, 0, np.nan, 1]], equal_nan=True)
-    with pytest.raises(a.AugmentError, match="1, 0 or NaN"):
-        a.correct_predictions([-1], [0.5])
-    with pytest.raises(a.AugmentError, match="differ"):
-        a.correct_predictions([1, 0], [0.5])
+@pytest.fixture(scope="module")
+def cohort(make_cohort):
+    return make_cohort(8, 64)
 
 
-def cells():
-    """Films in three of the four cells: 3, 2 and 1; and one whose device is not known."""
-    labels = np.zeros((7, 4))
-    labels[:, EFFUSION] = [0, 0, 0, 1, 1, 1, 1]
-    labels[:, DEVICES] = [0, 0, 0, 1, 1, 0, np.nan]
-    probabilities = np.full((7, 4), 0.5)
-    probabilities[:, EFFUSION] = [0.1, 0.2, 0.9, 0.9, 0.8, 0.1, 0.9]
-    return labels, probabilities
+@pytest.fixture(scope="module")
+def plan(cohort):
+    """Both device edits of each film, as edits.parquet has them; two pass the filter."""
+    edits = [parse_edit(f"{verb} Support Devices") for verb in ("add", "remove")]
+    edits += [parse_edit("remove Pleural Effusion")]
+    plan = plan_edits(cohort.table, edits).assign(model_key="m")
+    return plan.assign(kept=[True, True] + [False] * (len(plan) - 2))
 
 
-def test_group_cells_are_counted_and_scored():
-    scores = a.group_scores(*cells(), HEADS)
-    assert scores["group"].tolist() == [
-        "no pleural effusion, no support devices",
-        "no pleural effusion, support devices",
-        "pleural effusion, no support devices",
-        "pleural effusion, support devices",
+@pytest.fixture(scope="module")
+def factual(cohort, plan):
+    paths = cohort.table.set_index("film_id").loc[plan["film_id"], "path"]
+    return load_films([cohort.image_root / path for path in paths], 64)
+
+
+def gather(arms, cohort, plan, factual, folder):
+    labels = np.arange(len(plan), dtype=np.float32)[:, None]
+    return a.extra_films(arms, cohort, plan, factual, factual // 2, labels, folder)
+
+
+def test_each_arm_gets_its_films_or_a_reason(cohort, plan, factual, tmp_path):
+    arms = ["plain", "counterfactuals", "counterfactuals_filtered", "true_counterfactuals"]
+    extra, skipped = gather(arms, cohort, plan, factual, tmp_path)
+    assert list(extra) == arms[1:]
+    assert skipped == {}
+    assert np.array_equal(extra["counterfactuals"][0], factual // 2)
+    assert extra["counterfactuals_filtered"][1].ravel().tolist() == [0, 1]
+    row = plan.iloc[0]
+    do = {row["finding"]: int(row["present"])}
+    true, _ = phantom.true_counterfactual(cohort.image_root, row["film_id"], do, 64)
+    assert np.array_equal(extra["true_counterfactuals"][0][0], true)
+
+
+def test_what_cannot_be_had_is_named_with_its_reason(cohort, plan, factual, tmp_path, monkeypatch):
+    monkeypatch.setattr(a, "BUNDLED", tmp_path / "none")
+    arms = ["gan_counterfactuals", "counterfactuals_filtered", "true_counterfactuals"]
+    unknown = plan.assign(kept=False, finding="Fracture")
+    monkeypatch.setattr(a, "truths", lambda *_: (np.full(factual.shape, np.nan), None))
+    extra, skipped = gather(arms, cohort, unknown, factual, tmp_path)
+    assert extra == {}
+    assert [skipped[arm].split(":")[0] for arm in arms] == [
+        "no GAN is at hand",
+        "no counterfactual passed the S_CLIP filter of 04_edit",
+        "the truth of these edits is not known",
     ]
-    assert scores["n"].tolist() == [3, 0, 1, 2]
-    assert np.allclose(scores["accuracy"], [2 / 3, np.nan, 0, 1], equal_nan=True)
-    assert scores["pleural_effusion"].tolist() == [0, 0, 1, 1]
-    assert scores["support_devices"].tolist() == [0, 1, 0, 1]
-    assert scores["low"].isna().all()
-    by_patient = a.group_scores(*cells(), HEADS, patients=list("abcdefg"), num_bootstrap=50)
-    assert by_patient.loc[0, "low"] < 2 / 3 < by_patient.loc[0, "high"]
+    monkeypatch.setattr(a, "is_phantom", lambda _: False)
+    _, skipped = gather(arms[:1], cohort, plan, factual, tmp_path)
+    assert skipped == {"gan_counterfactuals": "the bundled GAN knows phantom films alone"}
 
 
-def test_worst_group_needs_films():
-    scores = a.group_scores(*cells(), HEADS)
-    assert a.worst_group(scores)["group"] == "pleural effusion, no support devices"
-    assert a.worst_group(scores, min_films=2)["accuracy"] == pytest.approx(2 / 3)
-    with pytest.raises(a.AugmentError, match="no group has 4 films"):
-        a.worst_group(scores, min_films=4)
-    with pytest.raises(a.AugmentError, match="Edema is no head"):
-        a.group_scores(*cells(), HEADS, target="Edema")
+def test_the_gan_makes_its_own_edits_alone(cohort, plan, factual, tmp_path):
+    save_gan(tmp_path / "baseline", build_gan(64, 8), {"finding": "Support Devices"})
+    extra, skipped = gather(["gan_counterfactuals"], cohort, plan, factual, tmp_path)
+    films, labels = extra["gan_counterfactuals"]
+    known = (plan["finding"] == "Support Devices").to_numpy()
+    assert labels.ravel().tolist() == np.flatnonzero(known).tolist()
+    assert films.shape == (known.sum(), 64, 64)
+    one = np.flatnonzero(known)[0]
+    gan, _ = a.load_gan(tmp_path / "baseline")
+    alone = a.translate(gan, factual[one : one + 1], bool(plan["present"].iloc[one]))
+    assert np.abs(films[0].astype(int) - alone[0]).max() <= 1  # a batch rounds differently
+    _, skipped = gather(["gan_counterfactuals"], cohort, plan[~known], factual[~known], tmp_path)
+    assert skipped == {
+        "gan_counterfactuals": "the GAN edits Support Devices, and these edits do not"
+    }
 
 
-def test_identical_arms_differ_by_exactly_nothing():
-    correct = np.random.default_rng(0).integers(0, 2, 50).astype(float)
-    assert a.paired_difference(correct, correct, np.arange(50) // 2) == (0, 0, 0)
-    assert a.mcnemar(correct, correct) == (0, 0, 1.0)
-
-
-def test_paired_difference_is_signed_and_narrower_than_unpaired():
-    rng = np.random.default_rng(1)
-    plain = (rng.random(400) < 0.6).astype(float)
-    better = np.where(rng.random(400) < 0.1, 1.0, plain)
-    mean, low, high = a.paired_difference(better, plain, np.arange(400), 500)
-    assert mean == pytest.approx(better.mean() - plain.mean())
-    assert 0 < low < mean < high
-    assert high - low < 0.1  # unpaired: 2 x 1.96 x sqrt(2 x 0.24 / 400) = 0.14
-    gaps = np.where(np.arange(400) < 10, np.nan, better)
-    assert np.isfinite(a.paired_difference(gaps, plain, np.arange(400), 50)).all()
-    with pytest.raises(a.AugmentError, match="the same films"):
-        a.paired_difference(better[:3], plain, np.arange(400))
-
-
-def test_mcnemar_by_hand():
-    only_a, only_b = [1] * 8 + [0], [0] * 8 + [1]
-    test = a.mcnemar([*only_a, 1, 0, np.nan], [*only_b, 1, 0, 1])
-    assert (test.only_a, test.only_b) == (8, 1)
-    assert test.p_value == pytest.approx(2 * (1 + 9) / 2**9)
-
-
-@pytest.mark.parametrize(
-    ("difference", "words"),
-    [
-        ((0.12, 0.04, 0.2), "by +12.0 points against plain (95 % interval +4.0 to +20.0, n = 60)"),
-        ((0.12, 0.04, 0.2), "a gain that the interval confirms."),
-        ((-0.12, -0.2, -0.04), "a loss that the interval confirms."),
-        ((0.02, -0.04, 0.08), "neither gain nor loss."),
-        ((0.0, 0.0, 0.0), "neither gain nor loss."),
-        ((0.12, np.nan, np.nan), "too few patients"),
-        ((np.nan, np.nan, np.nan), "no film was tested"),
-    ],
-)
-def test_sentence_is_honest_both_ways(difference, words):
-    text = a.finding_sentence(difference, "true_counterfactuals", "plain", "the worst group", 60)
-    assert words in text
-    assert "true counterfactuals" in text
-    assert text.count("\n") == 0
-
-
-def test_arms_train_for_the_same_steps(monkeypatch, request):
-    import torch
-
-    from prism_nb import classifiers
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    request.addfinalizer(lambda: torch.set_num_threads(threads))
-    rng = np.random.default_rng(0)
-    shown = rng.integers(0, 255, (20, 32, 32)).astype(np.uint8)
-    labels = rng.integers(0, 2, (20, 4)).astype(np.float32)
-    rows = {"train": np.arange(14), "val": np.arange(14, 20)}
-    extra = {"counterfactuals": (shown[:5], labels[:5])}
-    sane, steps = classifiers.fit, []
-
-    def counted(*args, **settings):
-        steps.append([epoch.step for epoch in sane(*args, **settings)][-1])
-        yield
-
-    monkeypatch.setattr(classifiers, "fit", counted)
-    params = SimpleNamespace(
-        classifier="test_efficientnet",
-        classifier_weights="",
-        classifier_size=0,
-        classifier_epochs=2,
-        classifier_batch_size=8,
-        classifier_learning_rate=5e-3,
-        num_augment_seeds=2,
-        seed=3,
-    )
-    tests = {"i.i.d.": shown[:6], "balanced": shown[6:10]}
-    arms = ["plain", "duplicates", "counterfactuals"]
-    outcomes = list(a.train_arms(arms, shown, labels, rows, extra, tests, HEADS, params))
-    assert [(o.arm, o.seed) for o in outcomes] == [(arm, seed) for seed in (3, 4) for arm in arms]
-    assert steps == [2 * 3] * 6  # 14 + 5 films in batches of 8
-    assert outcomes[0].probabilities["balanced"].shape == (4, 4)
+def test_generated_films_follow_their_captions_and_are_made_once(
+    cohort, plan, factual, random_base, tmp_path, monkeypatch
+):
+    (tmp_path / "model").symlink_to(random_base)
+    few = plan[:3]
+    extra, _ = gather(["text_to_image"], cohort, few, factual[:3], tmp_path)
+    films, _ = extra["text_to_image"]
+    assert films.shape == (3, 64, 64)
+    assert films.dtype == np.uint8
+    assert len(np.unique(films, axis=0)) == 3
+    monkeypatch.setattr(a, "load_model", lambda *_, **__: pytest.fail("made twice"))
+    again, _ = gather(["text_to_image"], cohort, few, factual[:3], tmp_path)
+    assert np.array_equal(again["text_to_image"][0], films)
+    with pytest.raises(pytest.fail.Exception, match="made twice"):
+        gather(["text_to_image"], cohort, few.assign(model_key="other"), factual[:3], tmp_path)
