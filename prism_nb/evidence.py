@@ -25,6 +25,7 @@ PAPER = pd.DataFrame(  # Table 2 of the paper; CPG is absolute there, by another
     index=[f"{GAN} (paper, CheXpert)", f"{OWN} (paper, CheXpert)"],
 )
 PAPER_EDIT = "remove Support Devices"
+FEW = 5  # edits kept, and rejected, of which a filter can be judged
 LAST = [GAN, PERFECT, *PAPER.index]  # in the table; what comes before keeps its order
 
 
@@ -169,7 +170,9 @@ def filter_sentence(own, what="error to the truth", num_bootstrap=1000, seed=0):
     )
     facts += f"of the difference {low:+.2f} to {high:+.2f}{also}"
     verdict = "whether it helps, these films do not tell"
-    if high < 0:
+    if min(kept.sum(), n - kept.sum()) < FEW:  # a bootstrap of one or two knows no spread
+        verdict = f"fewer than {FEW} on one side do not tell whether it helps"
+    elif high < 0:
         verdict = "it helps"
     elif low > 0:
         verdict = "it keeps the worse ones"

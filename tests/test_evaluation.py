@@ -232,9 +232,10 @@ def own_edits(error, kept):
 @pytest.mark.parametrize(
     ("error", "kept", "words"),
     [
-        ([0.1, 0.2, 0.1, 0.9, 0.8, 0.9], [1, 1, 1, 0, 0, 0], "; it helps."),
-        ([0.9, 0.8, 0.9, 0.1, 0.2, 0.1], [1, 1, 1, 0, 0, 0], "; it keeps the worse ones."),
-        ([0.1, 0.9, 0.5, 0.1, 0.9, 0.5], [1, 1, 1, 0, 0, 0], "do not tell."),
+        ([0.1, 0.2, 0.1, 0.9, 0.8, 0.9] * 2, [1, 1, 1, 0, 0, 0] * 2, "; it helps."),
+        ([0.9, 0.8, 0.9, 0.1, 0.2, 0.1] * 2, [1, 1, 1, 0, 0, 0] * 2, "; it keeps the worse ones."),
+        ([0.1, 0.9, 0.5, 0.1, 0.9, 0.5] * 2, [1, 1, 1, 0, 0, 0] * 2, "do not tell."),
+        ([0.1, 0.2, 0.9], [1, 1, 0], "fewer than 5 on one side do not tell"),
         ([0.1, 0.9], [1, 1], "keeps all 2 edits, so it selects nothing"),
         ([0.1, 0.9], [0, 0], "rejects all 2 edits"),
         ([np.nan], [1], "Nothing can be said"),
