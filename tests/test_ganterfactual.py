@@ -194,7 +194,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path):
 def test_a_square_is_given_and_taken(guide):
     gan, films = g.build_gan(32, 8), squares(64, 3)
     settings = {"batch_size": 8, "learning_rate": 1e-3, "guide_weight": 4, "head": 1}
-    steps = list(g.fit_gan(gan, *films, guide, num_steps=80, **settings))
+    steps = list(g.fit_gan(gan, *films, guide, num_steps=60, **settings))
     cycle = [progress.cycle_loss for progress in steps]
     assert np.mean(cycle[-10:]) < 0.5 * np.mean(cycle[:5])
     absent, present = squares(16, 4)
