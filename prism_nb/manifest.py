@@ -35,6 +35,7 @@ PACKAGE = Path(__file__).resolve().parent
 CARRIERS = ("files", "params", "run", "manifest", "execute", "report", "cli")
 FILMS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 OWN_FOLDERS = ("figures", "tables", "notebooks", "report", "steps")
+OWN_FOLDERS += ("training", "baseline", "studio")  # beside what STEPS write
 
 
 class Manifest:

@@ -193,3 +193,9 @@ def test_what_a_killed_process_left_behind_is_removed(tmp_path):
     (tmp_path / ".partial-2").mkdir()
     leftovers(tmp_path)
     assert [p.name for p in sorted(tmp_path.rglob("*"))] == ["model", "keep.txt"]
+
+
+@pytest.mark.parametrize("name", ["training/arms/x", "baseline/card.json", "studio/001_a.json"])
+def test_what_papermill_and_the_studio_left_is_no_stranger(tmp_path, name):
+    write_text(tmp_path / "run" / name, "x")
+    Manifest(tmp_path / "run", "smoke")
