@@ -73,6 +73,15 @@ def test_two_checked_cells_hold_what_they_are_compared_with(notebook):
     assert not any(cell.outputs for cell in others)
 
 
+# nbval runs the defaults; here fewer steps do, because the road is what is tested.
+FEWER = {
+    "02_finetune": {"num_train_steps": 8, "validate_every": 4, "num_prompts": 1},
+    "03_invert": {"num_ddim_steps": 8, "num_compared": 1, "num_compared_steps": 2},
+    "05_evaluate": {"baseline_steps": 4, "num_bootstrap": 50},
+    "06_augment": {"num_bootstrap": 50},
+}
+
+
 @pytest.fixture(scope="module")
 def road(root, tmp_path_factory):
     """All six notebooks by plain papermill, from another folder."""
@@ -81,7 +90,7 @@ def road(root, tmp_path_factory):
         papermill.execute_notebook(
             root / "notebooks" / f"{name}.ipynb",
             folder / f"{name}.ipynb",
-            parameters={"run_dir": str(folder / "run"), "seed": 1},
+            parameters={"run_dir": str(folder / "run"), "seed": 1, **FEWER.get(name, {})},
             cwd=folder,
             progress_bar=False,
         )
