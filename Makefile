@@ -31,7 +31,7 @@ run: $(READY)  ## run the six notebooks on the phantom, report in runs/phantom/r
 
 test: lint  ## check style, run the notebooks against their outputs, run all tests
 	@$(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=120 -x -p no:randomly notebooks
-	@$(PYTEST) tests
+	@$(PYTEST) -n 2 --dist loadfile tests
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks/01_caption.ipynb

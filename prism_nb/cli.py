@@ -54,6 +54,9 @@ def run(
     name: Annotated[str, typer.Option(help="Run folder runs/NAME, not the profile's.")] = "",
     only: Annotated[str, typer.Option(help="One notebook, such as 04_edit or 04.")] = "",
     start: Annotated[str, typer.Option("--from", help="This notebook and those after it.")] = "",
+    appendices: Annotated[
+        bool, typer.Option("--appendices", help="The notebooks A1 to A3, too.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Run what has not changed, too.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, over the profile; repeatable.")
@@ -65,7 +68,7 @@ def run(
     from prism_nb.report import report_path, write_report
 
     with _one_line_errors():
-        steps = chosen_steps(only, start)
+        steps = chosen_steps(only, start, appendices)
         job = prepare(profile, name, tuple(settings or ()), notebooks)
         try:
             ran = run_job(job, steps, force)
@@ -75,7 +78,7 @@ def run(
             raise
         if ran or not report_path(job.folder).exists():
             write_report(job.folder)
-        print(f"  report        {report_path(job.folder)}")
+        print(f"  report          {report_path(job.folder)}")
 
 
 @app.command()
@@ -95,7 +98,7 @@ def status(
         for each in runs:
             print(each)
             for row in states(each.resolve(), notebooks):
-                print(f"  {row['notebook']:<14}{row['state']:<12}{row['detail']}")
+                print(f"  {row['notebook']:<16}{row['state']:<12}{row['detail']}")
         if not runs:
             print("no runs yet: prism-nb run params/phantom.yaml makes one")
 

@@ -30,6 +30,7 @@ from prism_nb.params import (
     notebook_name,
 )
 from prism_nb.run import (
+    APPENDICES,
     NOT_PATHS,
     PROFILE_VARIABLE,
     ROOT_VARIABLE,
@@ -87,9 +88,10 @@ def prepare(
     return Job(stem, values, folder, (notebooks or root / "notebooks").resolve())
 
 
-def chosen_steps(only: str = "", start: str = "") -> list[str]:
-    """Names of the notebooks to run: one, all from one on, or all."""
-    steps = list(STEPS)
+def chosen_steps(only: str = "", start: str = "", appendices: bool = False) -> list[str]:
+    """Names of the notebooks to run: one, all from one on, or all; appendices where wanted."""
+    appendices = appendices or notebook_name(start or "01") in APPENDICES
+    steps = [name for name in STEPS if appendices or name not in APPENDICES]
     if only and start:
         raise RunFolderError("--only and --from exclude each other; give one of them")
     if only:
@@ -127,6 +129,8 @@ def states(folder: Path, notebooks: Path | None = None) -> list[dict]:
     rows = []
     for notebook in STEPS:
         entry = manifest.steps.get(notebook, {})
+        if notebook in APPENDICES and not entry:
+            continue
         if (where / f"{notebook}.ipynb").is_file():
             now = manifest.fingerprint(notebook, job.source(notebook), job.values)
             why = manifest.reason(notebook, now)
@@ -324,7 +328,7 @@ class Progress:
 
     def line(self, notebook: str, text: str) -> None:
         """A line of its own."""
-        print(f"  {notebook:<14}{text}", file=self.stream, flush=True)
+        print(f"  {notebook:<16}{text}", file=self.stream, flush=True)
 
     def seconds(self) -> float:
         """Seconds since the notebook began."""
@@ -336,6 +340,6 @@ class Progress:
 
     def _show(self, text: str, end: str = "\n") -> None:
         minutes, seconds = divmod(int(self.seconds()), 60)
-        line = f"  {self.notebook:<14}{text:<22}{minutes}:{seconds:02d}  ({self.why})"
+        line = f"  {self.notebook:<16}{text:<22}{minutes}:{seconds:02d}  ({self.why})"
         start = "\r\x1b[K" if self.live else ""
         print(start + line[:110], end=end, file=self.stream, flush=True)

@@ -368,6 +368,19 @@ def plot_leakage(made, true=None, size=4.4):
     return axes
 
 
+def plot_matrices(matrices, size=4.6):
+    """Shares from 0 to 1 as heat maps side by side: `matrices` = {title: rows by columns}."""
+    width, height = size * len(matrices), 0.5 * max(map(len, matrices.values())) + 2
+    _, axes = plt.subplots(1, len(matrices), figsize=(width, height), squeeze=False)
+    for ax, (title, matrix) in zip(axes[0], matrices.items(), strict=True):
+        look = {"vmin": 0, "vmax": 1, "cmap": "crest", "annot": True, "fmt": ".2f", "cbar": False}
+        sns.heatmap(matrix, ax=ax, **look)
+        ax.set(title=title, xlabel="", ylabel="")
+        ax.tick_params(axis="x", labelrotation=20, labelsize=8)
+        ax.tick_params(axis="y", labelrotation=0, labelsize=8)
+    return axes
+
+
 def plot_filter(own, minimum, ylabel, ax=None):
     """S_CLIP of each edit against its error, and the filter's line; columns s_clip, error, edit."""
     ax = ax or plt.subplots(figsize=(6.5, 3.8))[1]

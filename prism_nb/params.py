@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 MAX_PROFILE_BYTES = 64 * 1024
 LIMITS = {"ge": "from", "gt": "above", "le": "up to", "lt": "below", "multiple_of": "a multiple of"}
 PATH_KEYS = ("csv", "image_root", "extra_csv", "base_model", "unet_weights", "clip_model")
-PATH_KEYS += ("classifier_weights", "judge", "baseline")
+PATH_KEYS += ("classifier_weights", "judge", "baseline", "vqa_backend")
 
 
 class ParamError(ValueError):
@@ -258,6 +258,28 @@ class Augment(Classify):
     sweep_runs: list[Text] = _is([], "names of runs beside this one, at other links")
 
 
+class Question(WithDevice):
+    """A1_vqa: what models that see say of pairs of films."""
+
+    vqa_backend: Text = _is(
+        "clip", "clip, anthropic, or a folder or hub name of an image-text-to-text model"
+    )
+    anthropic_model: Text = _is("claude-sonnet-5-5", "name of Anthropic's model")
+    allow_upload: Flag = _is(False, "films may be sent to another company's servers")
+    num_pairs: Whole = _is(12, "pairs of film and counterfactual, as many of each edit", ge=1)
+    clip_model: Text = _is(
+        "base", '"base" (the base model\'s own), openai, medsiglip, a folder, a hub name'
+    )
+    num_bootstrap: Whole = _is(200, "resamples of the patients", ge=20, le=100_000)
+
+
+class Again(WithDevice):
+    """A2_confounders and A3_limits: few films, edited anew as the run's own were."""
+
+    num_cases: Whole = _is(3, "films that are edited anew", ge=1, le=1000)
+    num_bootstrap: Whole = _is(200, "resamples of the patients", ge=20, le=100_000)
+
+
 MODELS: dict[str, type[Params]] = {
     "01_caption": Caption,
     "02_finetune": Finetune,
@@ -265,6 +287,9 @@ MODELS: dict[str, type[Params]] = {
     "04_edit": Editing,
     "05_evaluate": Evaluate,
     "06_augment": Augment,
+    "A1_vqa": Question,
+    "A2_confounders": Again,
+    "A3_limits": Again,
 }
 
 

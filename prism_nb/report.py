@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 
 from prism_nb.files import read_json, write_text
-from prism_nb.run import STEPS, record_path
+from prism_nb.run import APPENDICES, STEPS, record_path
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 LONG = 24  # rows; a longer table is folded up
@@ -46,6 +46,8 @@ def _steps(folder: Path, manifest: dict) -> str:
     rows = []
     for notebook in STEPS:
         entry = manifest["steps"].get(notebook, {})
+        if notebook in APPENDICES and not entry:
+            continue
         done = "outputs" in entry and record_path(folder, notebook).exists()
         page = folder / "report" / f"{notebook}.html"
         state = "done" if done else "failed or cut short" if entry else "not run"

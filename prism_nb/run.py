@@ -38,7 +38,7 @@ PROFILE_VARIABLE = "PRISM_NB_PROFILE"
 ROOT_VARIABLE = "PRISM_NB_ROOT"  # kernels then agree with who started them
 VERSIONS = ("torch", "diffusers", "transformers", "timm", "numpy", "pandas", "scikit-learn")
 # Words with a meaning of their own.
-NOT_PATHS = ("", "phantom", "base", "imagenet", "bundled", "train", "none")
+NOT_PATHS = ("", "phantom", "base", "imagenet", "bundled", "train", "none", "clip", "anthropic")
 COHORT = ("cohort.parquet", "cohort.json", "phantom")
 
 
@@ -84,7 +84,20 @@ STEPS: dict[str, Step] = {
         reads=(*COHORT, "edits"),
         writes=("augment", "tables/table3.csv"),
     ),
+    "A1_vqa": Step(
+        reads=(*COHORT, "model", "edits"),
+        writes=("tables/vqa.csv",),
+    ),
+    "A2_confounders": Step(
+        reads=(*COHORT, "model", "inversions", "edits", "classifiers", "tables/table2.csv"),
+        writes=("tables/confounders.csv",),
+    ),
+    "A3_limits": Step(
+        reads=(*COHORT, "model", "inversions", "edits", "classifiers", "tables/table2.csv"),
+        writes=("tables/limits.csv",),
+    ),
 }
+APPENDICES = tuple(name for name in STEPS if name.startswith("A"))  # run where they are asked for
 
 
 class Run:

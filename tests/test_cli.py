@@ -32,7 +32,7 @@ def test_params_lists_type_default_help_and_what_is_allowed():
     assert "learning_rate: float = 1e-05" in said
     assert "[above 0, up to 1]" in said
     assert "fp32 or bf16" in said
-    assert call("params")[1].count("run_dir") == 6
+    assert call("params")[1].count("run_dir") == 9
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_status_says_what_stands_and_why_not(tmp_path, make_notebook):
     write_json(tmp_path / "run" / "manifest.json", {"profile": "mine", "steps": {}})
     code, said, _ = call("status", tmp_path / "run", "--notebooks", tmp_path / "notebooks")
     assert code == 0
-    assert "03_invert     to do       first time" in said
+    assert "03_invert       to do       first time" in said
 
 
 @pytest.fixture

@@ -296,6 +296,10 @@ def test_which_steps():
     assert chosen_steps()[0] == "01_caption"
     assert chosen_steps(only="04") == ["04_edit"]
     assert chosen_steps(start="05_evaluate") == ["05_evaluate", "06_augment"]
+    assert chosen_steps()[-1] == "06_augment"
+    assert chosen_steps(appendices=True)[6:] == ["A1_vqa", "A2_confounders", "A3_limits"]
+    assert chosen_steps(only="A1") == ["A1_vqa"]
+    assert chosen_steps(start="A2") == ["A2_confounders", "A3_limits"]
     with pytest.raises(RunFolderError, match="exclude each other"):
         chosen_steps("04", "05")
     with pytest.raises(ParamError, match="there is no notebook 7"):

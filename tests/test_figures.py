@@ -98,6 +98,13 @@ def test_leakage_has_one_scale_for_made_and_true():
     assert figures.plot_leakage(change).shape == (1, 1)
 
 
+def test_matrices_of_shares_have_one_scale():
+    share = pd.DataFrame([[1.0, 0.3]], index=["Edema"], columns=["Edema", "Fracture"])
+    axes = figures.plot_matrices({"trained": share, "went along": share / 2})
+    assert [ax.get_title() for ax in axes.flat] == ["trained", "went along"]
+    assert {ax.collections[0].get_clim() for ax in axes.flat} == {(0, 1)}
+
+
 def test_the_filter_is_a_line():
     own = pd.DataFrame({"s_clip": [0.0, 0.5], "error": [2.0, 0.3], "edit": ["a", "b"]})
     ax = figures.plot_filter(own, 0.1, "error")

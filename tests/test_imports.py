@@ -8,7 +8,8 @@ ORDER = """
     files checkpoints findings dicom images columns layouts cohort phantom captions diffusion
     latents finetune inversion regeneration attention masks editors editing scoring edits networks
     metrics geometry classifiers ganterfactual judging evaluation evidence methods arms augment
-    study vqa params figures run leaderboard workbench studio manifest execute report doctor cli
+    study vqa limits params figures run leaderboard workbench studio manifest execute report doctor
+    cli
 """.split()  # noqa: SIM905
 PROGRAMS = ("pretrain", "quality")  # of the phantom: they stand below all that they call
 HEAVY = {

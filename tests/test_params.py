@@ -132,7 +132,7 @@ def test_every_parameter_has_a_remark_and_parameters_of_one_name_are_equal():
 
 def test_the_notebooks_declare_these_parameters_with_these_defaults(root):
     papermill = pytest.importorskip("papermill")
-    for path in sorted((root / "notebooks").glob("0*.ipynb")):
+    for path in sorted((root / "notebooks").glob("[0A]*.ipynb")):
         declared = papermill.inspect_notebook(path)
         rows = {row["name"]: row for row in describe(path.stem)}
         assert list(declared) == list(rows), path.name

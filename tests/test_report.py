@@ -82,6 +82,7 @@ def test_the_index_shows_state_figures_tables_metrics_and_parameters(report):
     assert "<a href='03_invert.html'>03_invert</a>" in index
     assert "failed or cut short" in index
     assert "not run" in index
+    assert "A1_vqa" not in index, "an appendix is shown where it ran"
     assert "<figcaption>03_x</figcaption>" in index
     assert "&lt;b&gt;" in index
     assert "1,234" in index
