@@ -74,7 +74,7 @@ def test_two_checked_cells_hold_what_they_are_compared_with(notebook):
 
 
 SIX = [name for name in STEPS if name not in APPENDICES]
-# nbval runs the defaults, and the appendices; here fewer steps do, because the road is what is tested.
+# nbval runs the defaults, and the appendices; the road alone is tested here: fewer steps do.
 FEWER = {
     "02_finetune": {"num_train_steps": 8, "validate_every": 4, "num_prompts": 1},
     "03_invert": {"num_ddim_steps": 8, "num_compared": 1, "num_compared_steps": 2},
