@@ -1,7 +1,7 @@
 # What there is to do; `make` alone lists it. Everything is installed once, into .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab lint clean
+.PHONY: help run test lab lint browser clean
 # Nothing here gains from running at the same time, and two installations would collide.
 .NOTPARALLEL:
 
@@ -19,6 +19,9 @@ export GOMP_SPINCOUNT ?= 0
 
 STRIP := $(BIN)/nbstripout --verify --keep-count \
 	--extra-keys "metadata.papermill cell.metadata.papermill metadata.widgets"
+# JupyterLab in .venv shows Markdown as a page, so that the links of the index can be followed.
+LAB := $(VENV)/share/jupyter/lab/settings
+RENDERED := {"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}}}
 TESTING := HF_HUB_OFFLINE=1 MPLBACKEND=agg OMP_NUM_THREADS=2
 PYTEST := $(TESTING) $(BIN)/python -m pytest -q -p no:cacheprovider
 
@@ -29,16 +32,27 @@ run: $(READY)  ## run the six notebooks on the phantom, report in runs/phantom/r
 	@$(BIN)/prism-nb run params/phantom.yaml
 	@mkdir -p figures && cp runs/phantom/figures/*.png figures/
 
-test: lint  ## check style, run the notebooks against their outputs, run all tests
+test: lint browser  ## check style, run the notebooks against their outputs, run all tests
 	@$(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=120 -x -p no:randomly notebooks
 	@$(PYTEST) -n 2 --dist loadfile tests
 
-lab: $(READY)  ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab notebooks/01_caption.ipynb
+lab: $(READY)  ## open the index of the notebooks in JupyterLab
+	@mkdir -p $(LAB) && echo '$(RENDERED)' > $(LAB)/overrides.json
+	@$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/README.md
 
 lint: $(READY)  ## check style, and that notebooks hold no outputs but the checked ones
 	@$(BIN)/ruff check --quiet && $(BIN)/ruff format --check --quiet
 	@$(STRIP) notebooks/*.ipynb
+
+# For the test in JupyterLab: a browser that is there, else Debian's for root, else playwright's own.
+browser: $(READY)
+	@for name in chromium chromium-browser google-chrome; do \
+		command -v $$name >/dev/null && exit 0; done; \
+	test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium \
+		>/dev/null && exit 0; \
+	$(BIN)/playwright install chromium || \
+		echo "no browser could be installed: the test in JupyterLab needs one" >&2
 
 clean:  ## remove caches and build leftovers; runs/ and .venv stay
 	@rm -rf build dist *.egg-info .ruff_cache .pytest_cache .hypothesis

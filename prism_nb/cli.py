@@ -18,11 +18,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 NOTEBOOKS = typer.Option("--notebooks", hidden=True, help="Folder of the notebooks.")
+EXECUTOR = typer.Option(help="local, or slurm: jobs of a cluster.")
+SLURM = typer.Option("--slurm", help="key=value for submitit, as slurm_partition=gpu; repeatable.")
 
 
 @contextlib.contextmanager
 def _one_line_errors(*bad_usage: type[Exception]) -> Iterator[None]:
     from prism_nb.execute import StepFailed
+    from prism_nb.jobs import JobsDied
     from prism_nb.params import ParamError
     from prism_nb.run import RunFolderError
 
@@ -30,7 +33,7 @@ def _one_line_errors(*bad_usage: type[Exception]) -> Iterator[None]:
         yield
     except (ParamError, RunFolderError, *bad_usage) as error:
         _stop(error, 2)
-    except (StepFailed, OSError) as error:
+    except (StepFailed, JobsDied, OSError) as error:
         _stop(error, 1)
     except KeyboardInterrupt:
         _stop("interrupted; the same command continues", 130)
@@ -310,6 +313,108 @@ def _load_for_benchmark(model: str, precision: str) -> tuple:
     settings = read_cohort(folder).settings
     words = settings["template"], settings["negatives"]
     return load_model(str(folder / "model"), precision=precision), words
+
+
+@app.command()
+def edit_cohort(
+    folder: Annotated[Path, typer.Argument(help="A run folder with a model.")],
+    shards: Annotated[int, typer.Option(help="Processes that share the films.")] = 1,
+    executor: Annotated[str, EXECUTOR] = "local",
+    split: Annotated[str, typer.Option(help="train, val, test or all.")] = "test",
+    edits: Annotated[str, typer.Option(help="Comma-separated; else the run's own.")] = "",
+    preset: Annotated[str, typer.Option(help="How to edit; else the run's own.")] = "",
+    steps: Annotated[int | None, typer.Option(help="N; else the run's own.")] = None,
+    max_films: Annotated[int, typer.Option(help="At most so many films; 0: all.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Else counterfactuals/ in the run.")] = None,
+    slurm: Annotated[list[str] | None, SLURM] = None,
+) -> None:
+    """Make counterfactuals of a run's films, by the thousand; what is finished is kept."""
+    with _one_line_errors(ValueError):
+        options = _options(slurm)
+        from transformers.utils import logging
+
+        from prism_nb.shards import edit_cohort as make
+
+        logging.disable_progress_bar()
+        own = {"edits": _listed(edits), "preset": preset or None, "num_ddim_steps": steps}
+        made = make(folder, out, split, max_films, shards, executor, options, **own)
+        columns = {"films": ("kept", "size"), "kept": ("kept", "sum"), "s_clip": ("s_clip", "mean")}
+        counts = made.groupby("edit").agg(**columns)
+        print(counts.round(3).to_string())
+        print(f"  wrote         {(out or folder / 'counterfactuals') / 'edits.parquet'}")
+
+
+@app.command()
+def sweep(
+    profile: Annotated[Path, typer.Argument(help="A profile, such as params/phantom.yaml.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value,value,...; repeatable.")
+    ] = None,
+    executor: Annotated[str, EXECUTOR] = "local",
+    slurm: Annotated[list[str] | None, SLURM] = None,
+    notebooks: Annotated[Path | None, NOTEBOOKS] = None,
+) -> None:
+    """Run the notebooks with every combination of some settings; one table of all metrics."""
+    from prism_nb.jobs import JobsDied
+    from prism_nb.sweep import sweep as run_all
+
+    with _one_line_errors(ValueError):
+        options = _options(slurm)
+        table, path, failed = run_all(profile, settings or [], executor, options, notebooks)
+        numbers = table.set_index("run").select_dtypes("number")
+        differ = numbers.loc[:, numbers.nunique(dropna=False) > 1]
+        print(differ.T.to_string(na_rep="", float_format="%.4g"))
+        print(f"  wrote         {path}")
+        if failed:
+            raise JobsDied(failed)
+
+
+def _options(texts: list[str] | None) -> dict:
+    import yaml
+
+    pairs = [text.partition("=") for text in texts or []]
+    if wrong := [key for key, equals, value in pairs if not (key and equals and value)]:
+        raise ValueError(f"--slurm {wrong[0]} has no value; write --slurm key=value")
+    return {key: yaml.safe_load(value) for key, _, value in pairs}
+
+
+@app.command()
+def plan(
+    profile: Annotated[Path, typer.Argument(help="A profile, such as params/chexpert.yaml.")],
+    gpus: Annotated[int, typer.Option(help="That train; 0: this machine's processors.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(help="GB of each.")] = 80,
+    tflops: Annotated[float, typer.Option(help="Of each in bf16: A100 312, H100 989.")] = 312,
+    films: Annotated[int, typer.Option(help="Of the cohort; 0: as its run or CSV says.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, over the profile; repeatable.")
+    ] = None,
+) -> None:
+    """Say what a profile will need, memory, disk and hours, and what to change to fit."""
+    with _one_line_errors(ValueError):
+        from prism_nb.execute import prepare
+        from prism_nb.planner import REACHED, Plan, advice
+
+        values = prepare(profile, settings=tuple(settings or ())).values
+        found = Plan(values, gpus, tflops, films)
+        print(f"{found.num_films:,} films of {found.side} px, {gpus or 'no'} GPUs")
+        device = "a GPU" if gpus else "main memory"
+        print(f"\nMemory, GB ({device}; notebooks: main memory)")
+        _print_amounts(found.memory(), 1e9)
+        disk = found.disk()
+        print("\nDisk, GB")
+        _print_amounts(disk | {"together": sum(disk.values())}, 1e9)
+        hours = found.hours()
+        speed = f"{REACHED['unet']:.0%} of {tflops:g} TFLOP/s, 02_finetune on all GPUs, else on one"
+        print(f"\nHours, roughly ({speed if gpus else 'at the measured speed of this machine'})")
+        _print_amounts(hours | {"together": sum(hours.values())}, 1)
+        change = advice(values, gpus, gpu_memory * 1e9, films) if gpus else {}
+        wanted = " ".join(f"--set {key}={value}" for key, value in change.items())
+        print(f"\nTo fit into {gpu_memory:g} GB: {wanted or 'nothing has to change'}")
+
+
+def _print_amounts(amounts: dict, unit: float) -> None:
+    for name, amount in amounts.items():
+        print(f"  {name:<14}{amount / unit:>9.2f}")
 
 
 @app.command()

@@ -22,7 +22,7 @@ from prism_nb.attention import explain_alignment
 from prism_nb.captions import PromptError, untrained_words
 from prism_nb.editing import PRESETS
 from prism_nb.editors import changed_words
-from prism_nb.findings import FINDINGS, PRESENT
+from prism_nb.findings import FINDINGS, PRESENT, slug
 from prism_nb.images import unit_to_uint8
 from prism_nb.inversion import METHODS
 from prism_nb.workbench import facts, framed, pictures, png, wipe
@@ -60,16 +60,17 @@ class Studio:
         self._connect()
         self._show_films()
         self._set_dials({"preset": "default", "num_steps": bench.inverted.num_steps})
-        self.choose_film(bench.inverted.film_ids[0])
+        edited = set() if bench.edits is None else {*bench.edits["film_id"]}
+        self.choose_film(next((f for f in self.table.index if f in edited), self.table.index[0]))
 
     def _make_choices(self):
         found = [f for f in FINDINGS if (self.table[f] == PRESENT).any()]
         self.finding = W.Dropdown(options=[ALL_FILMS, *found], description="films")
-        self.upload = W.FileUpload(accept=".png,.jpg,.jpeg", description="my own film")
+        self.upload = W.FileUpload(accept=".png,.jpg,.jpeg,.dcm", description="my own film")
         self.films, self.strip = (W.Box(layout=W.Layout(flex_flow="row wrap")) for _ in "ab")
         wide = {"layout": W.Layout(width="98%")}
         self.edit, self.words = W.Dropdown(description="edit", **wide), W.HTML(**wide)
-        texts = {"continuous_update": False, "rows": 2, **wide}
+        texts = {"continuous_update": False, "rows": 3, **wide}
         self.source, self.target = (W.Textarea(description=name, **texts) for name in ("T", "T'"))
 
     def _make_dials(self):
@@ -95,20 +96,23 @@ class Studio:
         self.panels = {}
         for name in PANELS:
             image = W.Image(format="png", layout=W.Layout(width="256px", height="256px"))
-            self.panels[name] = W.VBox([W.HTML(f"<b>{name}</b>"), image.add_class("prism-film")])
+            image.add_class(f"prism-{slug(name)}")
+            self.panels[name] = W.VBox([W.HTML(f"<b>{name}</b>"), image])
         grid = W.Box([*self.panels.values()], layout=W.Layout(flex_flow="row wrap"))
-        half = {"layout": W.Layout(width="520px")}
-        self.share = W.FloatSlider(value=0.5, max=1, step=0.01, readout=False, **half)
-        self.facts, self.code = W.HTML(), W.Textarea(rows=16, **half)
+        self.share = W.FloatSlider(value=0.5, max=1, step=0.01, readout=False)
+        self.share.layout.width = "256px"
+        self.panels[WIPE].children += (self.share,)
+        self.facts, self.code = W.HTML(), W.Textarea(rows=16, layout=W.Layout(width="520px"))
         boxes = [self.mask, *self.boxes["mask"], self.keep, *self.boxes["keep"]]
         how = [self.preset, self.method, self.guidance, self.steps, self.strength, *boxes]
         buttons = [W.HBox([self.go, self.cancel]), W.HBox([self.save, self.copy])]
         words = [self.edit, self.source, self.target, self.words]
         dials = [*words, *how, *buttons, self.bar, self.status]
         dials = W.VBox(dials, layout=W.Layout(width="340px", flex="0 0 auto"))
-        shown = W.VBox([grid, self.share, self.facts, self.code])
+        shown = W.VBox([grid, self.facts, self.code])
         films = [W.HBox([self.finding, self.upload]), self.films]
         self.view = W.VBox([*films, W.HBox([dials, shown]), W.HTML("<b>history</b>"), self.strip])
+        self.view.add_class("prism-studio")
 
     def _connect(self):
         def when(widget, act, *arguments):
@@ -152,7 +156,6 @@ class Studio:
         self._frame()
         self.facts.value = facts(result) if result else ""
         self.save.disabled = self.copy.disabled = result is None
-        self.share.layout.display = None if result else "none"
         self.code.layout.display = "none"
 
     def call(self):

@@ -116,7 +116,7 @@ def prepare(run, model=None, scorer=None, precision="auto"):
 
 
 def film_of(bench, film):
-    """A film (H, W) in [0, 1]: by its id in the cohort, or by the path of a PNG or JPEG."""
+    """A film (H, W) in [0, 1]: by its id in the cohort, or by the path of a PNG, JPEG or DICOM."""
     known = bench.cohort.table.set_index("film_id")["path"]
     path = bench.cohort.image_root / known[film] if film in known else bench.folder / film
     path = path if path.is_file() else Path(film)
@@ -124,7 +124,7 @@ def film_of(bench, film):
 
 
 def receive(bench, content):
-    """Take in a film of one's own, the bytes of a PNG or JPEG: its path, for make_edit.
+    """Take in a film of one's own, the bytes of a PNG, JPEG or DICOM: its path, for make_edit.
 
     The run folder gets its pixels at the model's size, named after themselves, and nothing else.
     """
@@ -354,11 +354,13 @@ def facts(result):
     """What was measured, as HTML: numbers, and the judge's probability before and after."""
     rows = [(FACTS[name], value) for name, value in result.measures.items() if value == value]
     text = " &nbsp;·&nbsp; ".join(f"{name} <b>{value:.3f}</b>" for name, value in rows)
+    colours = {"original": "#888", "counterfactual": "#d55e00"}
     bar = "<div style='width:{0:.0f}px;height:8px;background:{1}'></div>"
-    lines = [
-        f"<tr><td>{escape(head)}</td><td style='width:160px'>{bar.format(160 * before, '#888')}"
-        f"{bar.format(160 * after, '#d55e00')}</td><td>{before:.2f} → {after:.2f}</td></tr>"
-        for head, (before, after) in result.heads.items()
-    ]
-    judge = f"<table><caption>judge: original, counterfactual</caption>{''.join(lines)}</table>"
+    lines = []
+    for head, both in result.heads.items():
+        bars = "".join(bar.format(160 * p, c) for p, c in zip(both, colours.values(), strict=True))
+        numbers = " → ".join(f"{p:.2f}" for p in both)
+        lines.append(f"<tr><td>{escape(head)}<td style='width:160px'>{bars}<td>{numbers}</tr>")
+    legend = ", ".join(f"<b style='color:{c}'>{name}</b>" for name, c in colours.items())
+    judge = f"<table><caption>the judge: {legend}</caption>{''.join(lines)}</table>"
     return f"<p>{text}</p>{judge if lines else ''}"

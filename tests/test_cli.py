@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -23,6 +24,8 @@ def test_alone_it_shows_help():
     code, said, _ = call()
     assert code == 0
     for command in ("run", "status", "params", "report", "edit", "benchmark", "doctor"):
+        assert f"  {command} " in said
+    for command in ("edit-cohort", "sweep", "plan"):
         assert f"  {command} " in said
 
 
@@ -171,6 +174,71 @@ def test_a_film_that_cannot_be_read_or_would_be_overwritten_is_named(film, rando
     code, _, error = call("edit", film, *name, "--out", film)
     assert code == 2
     assert "is the film itself" in error
+
+
+def test_edit_cohort_writes_every_edit_and_continues(tiny_run, tmp_path):
+    given = ["--split", "all", "--max-films", 3, "--steps", 2, "--out", tmp_path / "films"]
+    given += ["--edits", "remove Support Devices, add Support Devices"]
+    code, said, error = call("edit-cohort", tiny_run, *given)
+    assert code == 0, error
+    assert f"wrote         {tmp_path}/films/edits.parquet" in said
+    assert "Support Devices" in said
+    assert call("edit-cohort", tiny_run, *given)[1] == said
+    code, _, error = call("edit-cohort", tiny_run, "--preset", "prisma", *given)
+    assert (code, error.count("\n")) == (2, 1)
+    assert call("edit-cohort", tmp_path)[2].endswith("has no model yet: run 02_finetune in it\n")
+
+
+def test_a_dead_shard_and_a_failed_run_are_exit_1(tiny_run, tmp_path, monkeypatch):
+    from prism_nb import shards, sweep
+    from prism_nb.jobs import JobsDied
+
+    def die(*_, **__):
+        raise JobsDied("shard 2 of 2 died: killed; the same command goes on")
+
+    monkeypatch.setattr(shards, "edit_cohort", die)
+    assert call("edit-cohort", tiny_run)[::2] == (1, f"prism-nb: {_text(die)}\n")
+    table = pd.DataFrame({"run": ["a", "b"], "psnr": [31.0, None]})
+    monkeypatch.setattr(sweep, "sweep", lambda *_: (table, tmp_path / "x.csv", "b: unlucky"))
+    code, said, error = call("sweep", write_text(tmp_path / "mine.yaml", ""), "--set", "seed=1,2")
+    assert (code, error) == (1, "prism-nb: b: unlucky\n")
+    assert "psnr 31" in said
+
+
+def _text(raises):
+    with pytest.raises(RuntimeError) as error:
+        raises()
+    return str(error.value)
+
+
+def test_plan_says_what_is_needed_and_what_to_change(random_base, tmp_path):
+    profile = write_text(tmp_path / "mine.yaml", f"base_model: {random_base}\nimage_size: 64\n")
+    code, said, error = call("plan", profile, "--gpus", 2)
+    assert code == 0, error
+    for line in ("160 films of 64 px, 2 GPUs", "  training ", "  latents ", "  06_augment "):
+        assert line in said
+    assert said.endswith("To fit into 80 GB: nothing has to change\n")
+    code, said, error = call("plan", profile, "--gpus", 3)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "give a multiple of 3" in error
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["sweep", "--set", "seed=1"], "nothing to sweep"),
+        (["sweep", "--set", "sed=1,2"], "did you mean seed?"),
+        (["sweep", "--set", "seed=1,2", "--executor", "ray"], "must be local or slurm"),
+        (["sweep", "--set", "seed=1,2", "--slurm", "x"], "write --slurm key=value"),
+        (["plan", "--set", "csv=/nowhere/films.csv"], "give --films"),
+    ],
+)
+def test_what_a_profile_cannot_is_exit_2_and_one_line(tmp_path, given, words):
+    command, *further = given
+    code, _, error = call(command, write_text(tmp_path / "mine.yaml", "seed: 1\n"), *further)
+    assert code == 2
+    assert words in error
+    assert error.count("\n") == 1
 
 
 def test_doctor_passes_here_and_says_how_to_fix_what_lacks(monkeypatch):

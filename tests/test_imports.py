@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 ORDER = """
-    files checkpoints findings dicom images columns layouts cohort phantom captions diffusion
+    files jobs checkpoints findings dicom images columns layouts cohort phantom captions diffusion
     latents finetune inversion regeneration attention masks editors editing scoring edits networks
     metrics geometry classifiers ganterfactual judging evaluation evidence methods arms augment
-    study vqa limits params figures run leaderboard workbench studio manifest execute report doctor
-    cli
+    study vqa limits params figures run leaderboard workbench studio counting planner manifest
+    shards execute report sweep doctor cli
 """.split()  # noqa: SIM905
 PROGRAMS = ("pretrain", "quality")  # of the phantom: they stand below all that they call
 HEAVY = {

@@ -4,6 +4,7 @@ import datetime
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,9 +18,14 @@ from prism_nb.images import uint8_to_unit
 from prism_nb.workbench import as_code, film_of, make_edit, prepare, receive, save_pair, stored
 
 
+@pytest.fixture(scope="module")
+def loaded(tiny_run):
+    return prepare(tiny_run)
+
+
 @pytest.fixture
-def bench(tiny_run, tmp_path):
-    return prepare(shutil.copytree(tiny_run, tmp_path / "run"))
+def bench(loaded, tiny_run, tmp_path):
+    return replace(loaded, folder=shutil.copytree(tiny_run, tmp_path / "run"), recent={})
 
 
 @pytest.fixture
@@ -82,9 +88,9 @@ def test_another_caption_or_number_of_steps_inverts_once(bench, film):
     make_edit(bench, film, source + ", edema", target)
     make_edit(bench, film, source + ", edema", target, guidance_scale=1)
     assert len(bench.recent) == 1
-    result = make_edit(bench, film, source, target, num_steps=2, preset="prism")
+    result = make_edit(bench, film, source, target, num_steps=2, preset="sdedit")
     assert len(bench.recent) == 2
-    assert (result.recipe["inversion"], result.recipe["num_steps"]) == ("null_text", 2)
+    assert (result.recipe["inversion"], result.recipe["num_steps"]) == ("ddim", 2)
 
 
 def test_boxes_bound_an_edit(bench, film):
@@ -173,11 +179,10 @@ def test_what_04_edit_wrote_is_shown_and_can_be_made_again(bench, film):
     assert stored(bench, "no film") is None
 
 
-def test_edits_of_another_model_are_not_shown(tiny_run, tmp_path, bench):
-    bench.edits.assign(model_key="another", method="PRISM").to_parquet(
-        bench.folder / "edits" / "edits.parquet"
-    )
-    assert prepare(bench.folder).edits.empty
+def test_edits_of_another_model_are_not_shown(bench):
+    path = bench.folder / "edits" / "edits.parquet"
+    bench.edits.assign(model_key="another").to_parquet(path)
+    assert prepare(bench.folder, bench.model, bench.scorer).edits.empty
 
 
 def test_the_truth_is_found_from_the_captions(bench, film):

@@ -1,0 +1,221 @@
+"""Counterfactuals of a whole cohort with a run's model, shared out over processes.
+
+An item is a film under an edit, its id FILM/EDIT. Films stand in the order of a hash of their ids
+and are cut into batches; every N-th batch is a shard's. A batch is always computed together and
+draws from (seed, film) alone: neither the number of shards nor a kill changes a bit of it (on equal
+machines and threads). RUN/counterfactuals holds plan.parquet, parts/ (a folder a batch, whole or
+not at all, named by the digest of all that it was made from), and edits.parquet, merged, which
+reads as notebook 04's. Films (B, H, W) in [0, 1]. Used by `prism-nb edit-cohort`.
+"""
+
+import ast
+import hashlib
+import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from prism_nb.cohort import read_cohort
+from prism_nb.diffusion import encode_films, load_model, pick_device
+from prism_nb.editing import PRESETS, edit
+from prism_nb.edits import filter_edits, given_dials, parse_edit, plan_edits, recipe, save_edits
+from prism_nb.files import atomic_folder, atomic_path, locked, read_json, sha256_file, write_json
+from prism_nb.findings import slug
+from prism_nb.images import load_films, uint8_to_unit
+from prism_nb.inversion import invert
+from prism_nb.jobs import JobsDied, check_executor, run_jobs
+from prism_nb.manifest import leftovers, reached_modules
+from prism_nb.params import check_profile, for_notebook, validate
+from prism_nb.run import project_root, record_path, resolve_path, versions
+from prism_nb.scoring import load_clip
+
+SPLITS = ("train", "val", "test", "all")
+
+
+def edit_cohort(
+    run, out=None, split="test", max_films=0, shards=1, executor="local", options=None, **settings
+):
+    """Make the counterfactuals of a cohort's films that are not there yet: edits.parquet's table.
+
+    run: a run folder with a model. out: by default RUN/counterfactuals. max_films: 0 is all; more
+    later continue fewer now. settings: over the run's own, as notebooks 03 and 04 name them
+    (edits, preset, num_ddim_steps, ...). options: submitit's, for slurm. Raises JobsDied where a
+    shard died: the same call goes on. ValueError, one line, on what cannot be done.
+    """
+    run = Path(run).resolve()
+    out = Path(out).resolve() if out else run / "counterfactuals"
+    if shards < 1 or max_films < 0:
+        raise ValueError(f"shards is {shards}, max_films {max_films}; give 1 and 0, or more")
+    if (shards, executor) != (1, "local"):
+        check_executor(executor)
+    request = read_request(run, split, settings)
+    plan = plan_batches(run, request, max_films)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / ".lock") as free:
+        if not free:
+            raise ValueError(f"{out} is in use by another edit-cohort: wait for its end")
+        leftovers(out)
+        (out / "edits.parquet").unlink(missing_ok=True)  # with it, the folder counts as finished
+        write_json(out / "request.json", request)
+        _write(plan, out / "plan.parquet")
+        _make(run, out, plan, shards, executor, options)
+        return merge(out, plan)
+
+
+def read_request(run, split="test", settings=None):
+    """All that decides what is made: the run's own settings, some replaced, and its model."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    if not (run / "model" / "base.json").is_file():
+        raise ValueError(f"{run} has no model yet: run 02_finetune in it")
+    given = {key: value for key, value in (settings or {}).items() if value not in (None, [])}
+    values = _own_settings(run) | given
+    if "preset" in given and given["preset"] in PRESETS:
+        values["inversion"] = PRESETS[given["preset"]].inversion["method"]
+    values = check_profile(values, where="edit-cohort")
+    how = validate("03_invert", for_notebook(values, "03_invert"))
+    p = validate("04_edit", for_notebook(values, "04_edit"))
+    seed = {"seed": p.seed} if how.inversion == "ddpm" else {}
+    names = ("edits", "preset", "s_clip_min", "clip_model")
+    names += ("edit_batch_size", "precision", "device")
+    weights = sorted(path for path in (run / "model").rglob("*") if path.is_file())
+    code = sorted(reached_modules("from prism_nb import edits, scoring"))  # films, and S_CLIP
+    return {name: getattr(p, name) for name in names} | {
+        "inversion": {"method": how.inversion, "num_steps": how.num_ddim_steps} | seed,
+        "dials": given_dials(p),
+        "split": split,
+        "model": [sha256_file(path) for path in weights],
+        "cohort": sha256_file(run / "cohort.parquet"),
+        "code": _digest([ast.dump(ast.parse(path.read_text("utf-8"))) for path in code]),
+    }
+
+
+def _own_settings(run):
+    """Of a run by `prism-nb run` its profile's, else those of the notebooks that were run."""
+    if (run / "manifest.json").is_file():
+        return read_json(run / "manifest.json").get("parameters", {})
+    records = [record_path(run, name) for name in ("03_invert", "04_edit")]
+    known = [read_json(path)["parameters"] for path in records if path.is_file()]
+    return {key: value for values in known for key, value in values.items()}
+
+
+def plan_batches(run, request, max_films=0):
+    """Which films get which edits, batch by batch: plan_edits' table with an id and a batch."""
+    cohort = read_cohort(run)
+    table, words = cohort.table, (cohort.settings["template"], cohort.settings["negatives"])
+    if request["split"] != "all":
+        table = table[table["split"] == request["split"]]
+    if table.empty:
+        raise ValueError(f"the cohort of {run} has no film in the split {request['split']}")
+    plan = plan_edits(table, [parse_edit(text) for text in request["edits"]], *words)
+    films = sorted(plan["film_id"].unique(), key=lambda film: _digest([film]))
+    place = {film: number for number, film in enumerate(films[: max_films or None])}
+    plan = plan[plan["film_id"].isin(place.keys())].copy()
+    plan["place"] = plan["film_id"].map(place)
+    plan = plan.sort_values("place", kind="stable", ignore_index=True)
+    plan["id"] = plan["film_id"] + "/" + plan["edit"].map(slug)
+    number = plan.pop("place") // request["edit_batch_size"]
+    keys = {n: _digest([request, ids.to_list()])[:32] for n, ids in plan["id"].groupby(number)}
+    return plan.assign(batch=number.map(keys)).drop(columns="row")
+
+
+def make_shard(run, out, shard=0, num_shards=1, threads=0):
+    """Make the batches of one shard that are not there yet; one that fails does not stop the rest.
+
+    threads: of this process, 0 leaves them. Raises RuntimeError, one line, if batches failed.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    run, out = Path(run), Path(out)
+    plan = pd.read_parquet(out / "plan.parquet")
+    own = list(plan["batch"].unique())[shard::num_shards]
+    missing, failed = [key for key in own if not (out / "parts" / key).is_dir()], []
+    tools = load_tools(run, read_json(out / "request.json"), shard)
+    for key in tqdm(missing, "batches", len(own), initial=len(own) - len(missing)):
+        try:
+            make_batch(*tools, plan[plan["batch"] == key], out / "parts" / key)
+        except ValueError as error:  # a film that cannot be read, or edited
+            failed.append(error)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(own)} batches failed, the first: {failed[0]}")
+
+
+def load_tools(run, request, shard=0):
+    """Cohort, model and judge of S_CLIP, as make_batch takes them; shards take GPUs in turn."""
+    device = request["device"]
+    if pick_device(device).type == "cuda":
+        device = f"cuda:{shard % torch.cuda.device_count()}"
+    model = load_model(str(run / "model"), device=device, precision=request["precision"])
+    clip = resolve_path("clip_model", request["clip_model"], project_root())
+    return request, read_cohort(run), model, load_clip(clip, model.base_model, model.device)
+
+
+def make_batch(request, cohort, model, scorer, plan, folder):
+    """Invert a batch's films once, make all their edits, and write them as one folder."""
+    chosen = cohort.table.set_index("film_id", drop=False).loc[plan["film_id"].unique()]
+    paths = [cohort.image_root / path for path in chosen["path"]]
+    size, fit = cohort.settings["image_size"], cohort.settings["fit"]
+    films, ids = uint8_to_unit(load_films(paths, size, fit)), list(chosen["film_id"])
+    z0 = encode_films(model, films)
+    found = invert(model, z0, ids, list(chosen["caption"]), **request["inversion"])
+    row = plan["film_id"].map({film: number for number, film in enumerate(ids)})
+    how, size = {"preset": request["preset"]} | request["dials"], request["edit_batch_size"]
+    made = edit(model, found, films, row, plan["target"], batch_size=size, **how)
+    s_clip = scorer.s_clip(films[row], made.films, list(plan["source"]), list(plan["target"]))
+    # A PNG tells how it was made and not of whom: no id of ours goes further than the tables.
+    plan = plan.drop(columns=["id", "batch"]).assign(row=row)
+    judged = filter_edits(plan, s_clip, made.area, request["s_clip_min"])
+    judged = judged.assign(**recipe(found, **how))
+    with atomic_folder(folder) as partial:
+        save_edits(partial, judged, made, chosen, {}, {"versions": versions()})
+
+
+def merge(out, plan):
+    """Write edits.parquet, one row an id in the plan's order, from the parts; returns it."""
+    parts = [out / "parts" / key for key in plan["batch"].unique()]
+    made = [pd.read_parquet(part / "edits.parquet") for part in parts]
+    for part, frame in zip(parts, made, strict=True):
+        for column in ("path", "mask_path"):
+            frame[column] = f"parts/{part.name}/" + frame[column]
+    made = pd.concat(made, ignore_index=True)
+    ids = made["film_id"] + "/" + made["edit"].map(slug)
+    if ids.to_list() != plan["id"].to_list():
+        raise ValueError(f"the parts in {out} are not those of its plan: delete {out / 'parts'}")
+    made.insert(0, "id", ids)
+    _write(made, out / "edits.parquet")
+    return made
+
+
+def _make(run, out, plan, shards, executor, options):
+    """Run the shards that have work; JobsDied, one line, names those that died."""
+    parts = {key: out / "parts" / key for key in plan["batch"].unique()}
+    todo = [number for number, part in enumerate(parts.values()) if not part.is_dir()]
+    busy = sorted({number % shards for number in todo})
+    threads = max(1, torch.get_num_threads() // shards) if executor == "local" else 0
+    calls = [(str(run), str(out), shard, shards, threads) for shard in busy]
+    where = "here" if (shards, executor) == (1, "local") else executor
+    with tqdm(desc="batches", total=len(parts), disable=where == "here") as bar:
+
+        def watch():
+            if new := sum(part.is_dir() for part in parts.values()) - bar.n:
+                bar.update(new)
+
+        died = run_jobs(make_shard, calls, out / "jobs", where, options, watch) if busy else {}
+    if died:
+        left = sum(not parts[key].is_dir() for key in plan["batch"])
+        names, why = ", ".join(str(busy[n] + 1) for n in died), next(iter(died.values()))
+        raise JobsDied(
+            f"shard {names} of {shards} died: {why}; {left} of {len(plan)} counterfactuals are "
+            "missing: the same command goes on with them"
+        )
+
+
+def _digest(parts):
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _write(frame, path):
+    with atomic_path(path) as temporary:
+        frame.to_parquet(temporary, index=False)

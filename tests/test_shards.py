@@ -1,0 +1,195 @@
+"""Counterfactuals of a cohort: every id once, whatever the shards, also when one is killed."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import threading
+import time
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from prism_nb.cohort import read_cohort
+from prism_nb.edits import load_edit_films
+from prism_nb.files import locked, write_json
+from prism_nb.findings import slug
+from prism_nb.images import load_films
+from prism_nb.jobs import JobsDied
+from prism_nb.shards import edit_cohort, plan_batches, read_request
+
+EDITS = ["remove Support Devices", "add Support Devices", "remove Pleural Effusion"]
+OWN = {"edits": EDITS, "num_ddim_steps": 2, "edit_batch_size": 2}
+SETTINGS = {"split": "all"} | OWN
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run, tmp_path_factory):
+    """A run folder of our own, and one thread, as two shards on two cores have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield shutil.copytree(tiny_run, tmp_path_factory.mktemp("cohort") / "run")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """All counterfactuals in one go, by one shard: their folder and table."""
+    out = tmp_path_factory.mktemp("whole") / "films"
+    return out, edit_cohort(run, out, **SETTINGS)
+
+
+def test_every_film_gets_every_edit_that_it_can_take_once(run, whole):
+    out, made = whole
+    table = read_cohort(run).table
+    films = {"remove": 1.0, "add": 0.0}
+    wanted = set()
+    for verb, finding in (name.split(" ", 1) for name in EDITS):
+        able = table.loc[table[finding] == films[verb], "film_id"]
+        wanted |= set(able + f"/{slug(f'{verb} {finding}')}")
+    assert made["id"].is_unique
+    assert set(made["id"]) == wanted
+    assert pd.read_parquet(out / "edits.parquet").equals(made)
+    assert (made["kept"] | (made["reason"] != "")).all()
+    assert not list(out.rglob(".partial-*"))
+    assert not list(out.rglob("*.pkl"))
+
+
+def test_films_are_the_originals_outside_the_masks_and_name_no_patient(run, whole):
+    out, made = whole
+    table = read_cohort(run).table.set_index("film_id")
+    root = read_cohort(run).image_root
+    films = load_films([root / path for path in table.loc[made["film_id"], "path"]], 64)
+    edited = load_edit_films(out, made)
+    for film, new, row in zip(films, edited, made.itertuples(), strict=True):
+        mask = np.array(Image.open(out / row.mask_path))
+        assert (film == new)[~mask].all()
+        with Image.open(out / row.path) as png:
+            assert "SYNTHETIC" in png.text["Description"]
+            assert row.patient_id not in "".join(png.text.values())
+
+
+def test_a_batch_depends_on_the_order_of_hashes_alone(run):
+    request = read_request(run, "all", OWN)
+    plan = plan_batches(run, request)
+    assert plan.groupby("batch")["film_id"].nunique().max() == 2
+    assert plan.groupby("film_id")["batch"].nunique().max() == 1  # one inversion, all its edits
+    few = plan_batches(run, request, max_films=4)
+    assert set(few["batch"]) <= set(plan["batch"])
+    other = plan_batches(run, request | {"preset": "sdedit"})
+    assert not set(other["batch"]) & set(plan["batch"])
+
+
+def test_what_is_finished_is_kept_and_more_films_continue(run, tmp_path, monkeypatch):
+    few = edit_cohort(run, tmp_path, max_films=4, **SETTINGS)
+    assert few["film_id"].nunique() == 4
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
+    more = edit_cohort(run, tmp_path, max_films=6, **SETTINGS)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert set(few["id"]) < set(more["id"])
+    monkeypatch.setattr("prism_nb.shards.load_tools", lambda *_: pytest.fail("nothing is missing"))
+    assert edit_cohort(run, tmp_path, max_films=6, **SETTINGS).equals(more)
+
+
+def _kill_one(parts):
+    """Kill one of two shards once the first batch of either is there."""
+    while True:
+        jobs = [p for p in psutil.Process().children(recursive=True) if _is_shard(p)]
+        if len(jobs) == 2 and parts.is_dir() and any(parts.iterdir()):
+            return jobs[0].send_signal(signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _is_shard(process):
+    try:
+        return "submitit.core._submit" in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+def test_when_one_of_two_shards_is_killed_the_same_call_makes_what_is_missing(
+    run, whole, tmp_path, monkeypatch
+):
+    pytest.importorskip("submitit")
+    from submitit.core.core import Job
+
+    monkeypatch.setattr(Job, "_results_timeout_s", 0.1)
+    killer = threading.Thread(target=_kill_one, args=[tmp_path / "parts"], daemon=True)
+    killer.start()
+    with pytest.raises(JobsDied, match=r"^shard [12] of 2 died: killed.*the same command") as error:
+        edit_cohort(run, tmp_path, shards=2, **SETTINGS)
+    killer.join()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "edits.parquet").exists()
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("[0-9a-f]*")}
+    out, expected = whole
+    assert 0 < len(done) < expected["path"].str.split("/").str[1].nunique()
+    made = edit_cohort(run, tmp_path, shards=2, **SETTINGS)
+    assert made.equals(expected)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    for name in [*made["path"], *made["mask_path"]]:
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes(), name
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_a_batch_that_fails_is_named_and_does_not_stop_the_others(run, tmp_path):
+    plan = plan_batches(run, read_request(run, "all", OWN), max_films=6)
+    cohort = read_cohort(run)
+    lost = cohort.table.set_index("film_id").loc[plan["film_id"].iloc[0], "path"]
+    shutil.move(cohort.image_root / lost, tmp_path / "film")
+    try:
+        with pytest.raises(JobsDied, match=r"1 of 3 batches failed, the first: .*there is no such"):
+            edit_cohort(run, tmp_path / "out", max_films=6, **SETTINGS)
+        assert len(list((tmp_path / "out" / "parts").iterdir())) == 2
+    finally:
+        shutil.move(tmp_path / "film", cohort.image_root / lost)
+    assert len(edit_cohort(run, tmp_path / "out", max_films=6, **SETTINGS)) == len(plan)
+
+
+def test_the_runs_own_settings_hold_where_none_are_given(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    own = {"num_ddim_steps": 7, "inversion": "null_text", "preset": "prism", "edits": EDITS[:1]}
+    write_json(copy / "steps" / "04_edit.json", {"parameters": {"seed": 3, "preset": "sdedit"}})
+    assert read_request(copy)["dials"] == {"seed": 3}
+    write_json(copy / "manifest.json", {"parameters": own, "steps": {}})
+    request = read_request(copy)
+    assert request["inversion"] == {"method": "null_text", "num_steps": 7}
+    assert (request["preset"], request["edits"]) == ("prism", EDITS[:1])
+    request = read_request(copy, settings={"preset": "default", "num_ddim_steps": 3})
+    assert request["inversion"] == {"method": "direct", "num_steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"shards": 0}, "shards is 0"),
+        ({"split": "tests"}, "it must be one of train, val, test, all"),
+        ({"preset": "prisma"}, "preset"),
+        ({"edits": ["remove Devices"]}, "edits"),
+        ({"num_ddim_steps": 0}, "num_ddim_steps = 0: allowed is from 1"),
+        ({"executor": "ray"}, "it must be local or slurm"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(run, tmp_path, given, words):
+    with pytest.raises(ValueError, match=words) as error:
+        edit_cohort(run, tmp_path / "out", **given)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_model_a_folder_in_use_and_a_missing_submitit(run, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="has no model yet: run 02_finetune"):
+        edit_cohort(tmp_path)
+    os.makedirs(tmp_path / "out")
+    with (
+        locked(tmp_path / "out" / ".lock"),
+        pytest.raises(ValueError, match="is in use by another"),
+    ):
+        edit_cohort(run, tmp_path / "out", max_films=1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'prism_nb\[slurm\]'"):
+        edit_cohort(run, tmp_path / "out", shards=2)
