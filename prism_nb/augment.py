@@ -12,21 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from prism_nb.arms import NO_COUNTERFACTUALS, AugmentError
 from prism_nb.captions import edit_labels
-from prism_nb.diffusion import decode_latents, embed_captions, film_side, load_model
+from prism_nb.diffusion import load_model
 from prism_nb.edits import truths
 from prism_nb.files import atomic_path
 from prism_nb.findings import FINDINGS
 from prism_nb.ganterfactual import BUNDLED, load_gan, translate
 from prism_nb.images import unit_to_uint8
+from prism_nb.latents import load_latents
 from prism_nb.networks import CARD_FILE
 from prism_nb.phantom import is_phantom
-from prism_nb.regeneration import ddim_sample
+from prism_nb.regeneration import generate_films
 
 
 def counterfactual_labels(labels, finding, present):
@@ -102,31 +102,20 @@ def _true_films(cohort, plan):
 
 def _generated(cohort, plan, folder, device, seed):
     """Films generated under the plan's target captions; on disk, as they take minutes."""
-    path, size = Path(folder) / "training/text_to_image.safetensors", cohort.settings["image_size"]
-    about = [[*plan["target"]], [*plan["model_key"].unique()], size, seed, device]
+    path = Path(folder) / "training/text_to_image.safetensors"
+    latents = load_latents(Path(folder) / "latents")
+    about = [[*plan["target"]], [*plan["model_key"].unique()], latents.key, seed, device]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     if path.is_file():
         with safe_open(path, "np") as file:
             if file.metadata() == {"key": key}:
                 return file.get_tensor("films")
     model = load_model(str(Path(folder) / "model"), device=device)
-    films = generate_films(model, about[0], size, seed)
+    train = cohort.table.loc[cohort.table["split"] == "train", "film_id"]
+    mean = latents.mean(latents.rows(train))
+    films = unit_to_uint8(generate_films(model, about[0], mean, seed=seed))
     with atomic_path(path) as partial:
         save_file({"films": films}, partial, {"key": key})
-    return films
-
-
-def generate_films(model, captions, size, seed=0, num_steps=20, guidance_scale=2.0, batch_size=16):
-    """Films uint8 (N, size, size) generated from noise alone under N captions: text to image."""
-    side = size // film_side(model, 1)
-    shape = (len(captions), model.unet.config.in_channels, side, side)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
-    empty, films = embed_captions(model, [""]), np.empty((len(captions), size, size), np.uint8)
-    for start in range(0, len(captions), batch_size):
-        part = slice(start, start + batch_size)
-        cond = embed_captions(model, captions[part])
-        z0 = ddim_sample(model, noise[part], cond, num_steps, guidance_scale, empty)
-        films[part] = unit_to_uint8(decode_latents(model, z0).numpy())
     return films
 
 

@@ -5,7 +5,7 @@ sample, as Algorithm 1's `vae.encode` does. Equal captions share one row of text
 folder holds shards of SHARD films, 000000.safetensors and so on, text.safetensors and, written
 last, index.json; each names the key of all that it was made from, so that a killed encoding goes
 on where it stopped, and none is ever used for other films, settings or weights. Shapes: mean, std
-(N, C, h, w), already scaled; text (U, L, D); caption_index (N,). Used by notebook 02.
+(N, C, h, w), already scaled; text (U, L, D); caption_index (N,). Used by notebooks 02 and 06.
 """
 
 import hashlib
@@ -58,6 +58,11 @@ class Latents:
         """Standard deviation of the means of some films: near 1 where the VAE's scale is right."""
         rows = np.linspace(0, len(self) - 1, min(num_films, len(self))).astype(int)
         return float(self.gather(rows)[0].std())
+
+    def mean(self, rows, num_films=1024):
+        """Mean film (C, h, w) of some rows, at most num_films of them: see generate_films."""
+        some = np.linspace(0, len(rows) - 1, min(num_films, len(rows))).astype(int)
+        return self.gather(np.asarray(rows)[some])[0].mean(0)
 
     def rows(self, film_ids):
         """Row numbers of some films."""

@@ -1,16 +1,24 @@
 """Regeneration: from noise down to films, under the old caption or a new one (paper 2.3).
 
-`ddim_sample` walks noise down under a caption; `walk_down` re-generates many edits of many films
-from one `Inversion`: with T' = T it returns the film where the inversion's method is exact.
-Shapes: z (R, C, h, w) of R edits; cond (R, L, D). Used by notebooks 02, 03 and 04.
+`ddim_sample` walks noise down under a caption, `generate_films` does so from no film at all;
+`walk_down` re-generates many edits of many films from one `Inversion`: with T' = T it returns the
+film where the inversion's method is exact. Shapes: z (R, C, h, w) of R edits; cond (R, L, D).
+Used by notebooks 02, 03, 04 and 06.
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 
-from prism_nb.diffusion import alpha_at, ddim_step, embed_captions, predict_noise
+from prism_nb.diffusion import (
+    alpha_at,
+    ddim_step,
+    decode_latents,
+    embed_captions,
+    predict_noise,
+)
 from prism_nb.inversion import (
     GUIDANCE_FROM,
     RANGES,
@@ -38,6 +46,33 @@ def ddim_sample(model, noise, cond, num_steps, guidance_scale=1.0, uncond=None):
         eps = guided_noise(model, z, t_to, cond, uncond, guidance_scale)
         z = ddim_step(z, eps, alpha_at(model, t_to), alpha_at(model, t_from))
     return z
+
+
+def generate_films(
+    model, captions, mean, num_steps=20, guidance_scale=2.0, seed=0, batch_size=16, progress=None
+):
+    """Films (N, H, W) in [0, 1] from N captions and noise alone: text to image.
+
+    mean (C, h, w): the mean film in latent space, see Latents.mean. At its noisiest step Stable
+    Diffusion still shows a film's large shapes, so the U-Net never learned to begin without any:
+    sampling begins with the mean film's, noised to that step; with mean 0 films come out grey
+    (Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, 2024, section 3.1).
+    """
+    alpha = float(alpha_at(model, levels(model, num_steps)[-1]))
+    shape = (len(captions), *mean.shape)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    start = alpha**0.5 * mean.float() + (1 - alpha) ** 0.5 * noise
+    empty, films = embed_captions(model, [""]), []
+    for first in range(0, len(captions), batch_size):
+        part = slice(first, first + batch_size)
+        cond = embed_captions(model, list(captions[part]))
+        z0 = ddim_sample(
+            model, start[part].to(model.device), cond, num_steps, guidance_scale, empty
+        )
+        films.append(decode_latents(model, z0).cpu().numpy())
+        if progress:
+            progress(len(films[-1]))
+    return np.concatenate(films)
 
 
 @dataclass

@@ -81,7 +81,7 @@ STEPS: dict[str, Step] = {
         writes=("classifiers", "tables/table2.csv"),
     ),
     "06_augment": Step(
-        reads=(*COHORT, "edits"),
+        reads=(*COHORT, "latents", "model", "edits"),
         writes=("augment", "tables/table3.csv"),
     ),
     "A1_vqa": Step(

@@ -7,10 +7,12 @@ import pytest
 from prism_nb import augment as a
 from prism_nb import phantom
 from prism_nb.arms import AugmentError
+from prism_nb.diffusion import load_model
 from prism_nb.edits import parse_edit, plan_edits
 from prism_nb.findings import FINDINGS
 from prism_nb.ganterfactual import build_gan, save_gan
 from prism_nb.images import load_films
+from prism_nb.latents import encode_cohort
 
 
 def test_counterfactual_labels_change_one_finding_and_recompute_no_finding():
@@ -113,6 +115,8 @@ def test_generated_films_follow_their_captions_and_are_made_once(
     cohort, plan, factual, random_base, tmp_path, monkeypatch
 ):
     (tmp_path / "model").symlink_to(random_base)
+    model = load_model(str(random_base), device="cpu")
+    encode_cohort(model, cohort.table, cohort.image_root, 64, "pad", tmp_path / "latents")
     few = plan[:3]
     extra, _ = gather(["text_to_image"], cohort, few, factual[:3], tmp_path)
     films, _ = extra["text_to_image"]

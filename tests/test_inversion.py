@@ -33,7 +33,7 @@ from prism_nb.inversion import (
     levels,
     load_inversion,
 )
-from prism_nb.regeneration import ddim_sample, regenerate, walk_down
+from prism_nb.regeneration import ddim_sample, generate_films, regenerate, walk_down
 from prism_nb.scoring import load_clip
 
 CAPTIONS = ["chest x-ray", "chest x-ray showing edema", "chest x-ray showing pleural effusion"]
@@ -420,6 +420,31 @@ def cohort(make_cohort):
 @pytest.fixture(scope="module")
 def bundled():
     return load_model("phantom", device="cpu")
+
+
+def test_generation_begins_with_the_mean_film_noised_as_diffusers_noises(model, monkeypatch):
+    begun, mean = [], torch.randn(16, 8, 8)
+
+    def begin(model, z, *_):
+        begun.append(z)
+        return z
+
+    monkeypatch.setattr("prism_nb.regeneration.ddim_sample", begin)
+    films = generate_films(model, ["a", "b", "c"], mean, num_steps=4, seed=3, batch_size=2)
+    assert films.shape[0] == 3
+    noise = torch.randn((3, *mean.shape), generator=torch.Generator().manual_seed(3))
+    top = torch.tensor([levels(model, 4)[-1]])
+    expected = DDIMScheduler.from_config(model.scheduler.config).add_noise(mean, noise, top)
+    torch.testing.assert_close(torch.cat(begun), expected)
+
+
+def test_films_generated_by_the_bundled_base_have_the_black_corners_of_films(bundled, cohort):
+    paths = [cohort.image_root / path for path in cohort.table["path"][:24]]
+    mean = encode_films(bundled, uint8_to_unit(load_films(paths, 256))).mean(0)
+    captions = list(cohort.table["caption"][:4])
+    for start, black in ((mean, True), (torch.zeros_like(mean), False)):
+        films = generate_films(bundled, captions, start, num_steps=6)
+        assert (films[:, :24, :24].mean() < 0.06) == black
 
 
 def test_the_bundled_base_inverts_edits_and_scores(bundled, cohort):

@@ -75,6 +75,8 @@ def test_cached_latents_equal_a_fresh_encode(model, cohort, encode):
     assert (latents.gather(np.arange(10))[1] > 0).all()
     mean = latents.gather(np.arange(10))[0]
     assert latents.spread() == pytest.approx(mean.std().item(), rel=1e-5)
+    torch.testing.assert_close(latents.mean([0, 2]), mean[[0, 2]].mean(0))
+    torch.testing.assert_close(latents.mean(range(len(mean)), num_films=1), mean[0])
 
 
 def test_float32_is_kept_to_the_bit(model, cohort, encode):

@@ -19,13 +19,13 @@ from PIL import Image
 
 from prism_nb.captions import PLAIN_FILM, caption
 from prism_nb.classifiers import build_classifier, fit, predict, score_heads
-from prism_nb.diffusion import decode_latents, embed_captions, encode_films, load_model
+from prism_nb.diffusion import decode_latents, encode_films, load_model
 from prism_nb.files import write_json
-from prism_nb.images import load_films, uint8_to_unit
+from prism_nb.images import load_films, uint8_to_unit, unit_to_uint8
 from prism_nb.metrics import bootstrap_interval, psnr
 from prism_nb.phantom import DEVICE_KINDS, render, sample_patient
 from prism_nb.phantom.pretrain import MAIN, UNCONFOUNDED
-from prism_nb.regeneration import ddim_sample
+from prism_nb.regeneration import generate_films
 from prism_nb.scoring import load_clip
 
 UNSEEN, JUDGE = 2_000_003, 3_000_017  # populations: of the films measured on, of the judge's
@@ -108,20 +108,6 @@ def train_judge(size, count, sees=128):
     return judge
 
 
-def generate(model, texts, num_steps=20, guidance_scale=2.0, seed=0, batch_size=16):
-    """Films uint8 (N, H, W) from captions, each from its own noise."""
-    side = model.unet.config.sample_size
-    shape = (len(texts), model.unet.config.in_channels, side, side)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    empty, films = embed_captions(model, [""]), []
-    for start in range(0, len(texts), batch_size):
-        part = slice(start, start + batch_size)
-        cond = embed_captions(model, texts[part])
-        z0 = ddim_sample(model, noise[part], cond, num_steps, guidance_scale, empty)
-        films.append((decode_latents(model, z0).numpy() * 255 + 0.5).astype(np.uint8))
-    return np.concatenate(films)
-
-
 def main(argv=None):
     """Measure, print a table, write quality.json if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -152,7 +138,8 @@ def main(argv=None):
     found["clip"] = _aurocs(truth, zero_shot(model, films))
     judge = train_judge(size, args.judge_films)
     found["judge"] = _aurocs(truth, predict(judge, films))
-    made = generate(model, [caption(row) for row in labels])
+    mean = encode_films(model, unit).mean(0).cpu()
+    made = unit_to_uint8(generate_films(model, [caption(row) for row in labels], mean))
     found["text_to_image"] = _aurocs(truth, predict(judge, made))
     print(json.dumps(found, indent=1, default=float))
     if args.json:
