@@ -329,7 +329,7 @@ def batch(model, latents, rows, positions, settings):
     chosen = epoch_rows(rows, positions, settings.seed)
     mean, std = latents.gather(chosen)
     spread, noise, t, chance = draws(settings.seed, positions, mean.shape[1:])
-    noisy = model.scheduler.add_noise(mean + std * spread, noise, t)
+    noisy = model.scheduler.add_noise(mean + std * spread, noise, t)  # spread makes it float32
     captions = torch.from_numpy(latents.caption_index[chosen])
     captions[chance < settings.caption_dropout] = len(latents.captions) - 1  # the empty one
     return noisy, t, captions, noise
@@ -431,7 +431,7 @@ def validation_loss(model, latents, rows, seed=0, num_timesteps=8, batch_size=16
     errors = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        mean, cond = latents.gather(part)[0], latents.cond(part).to(model.device)
+        mean, cond = latents.gather(part)[0].float(), latents.cond(part).to(model.device)
         columns = []
         for level in validation_levels(num_timesteps).tolist():
             streams = [stream(seed, VALIDATION, row, level) for row in part]

@@ -57,12 +57,12 @@ class Latents:
     def spread(self, num_films=1024):
         """Standard deviation of the means of some films: near 1 where the VAE's scale is right."""
         rows = np.linspace(0, len(self) - 1, min(num_films, len(self))).astype(int)
-        return float(self.gather(rows)[0].std())
+        return float(self.gather(rows)[0].float().std())
 
     def mean(self, rows, num_films=1024):
         """Mean film (C, h, w) of some rows, at most num_films of them: see generate_films."""
         some = np.linspace(0, len(rows) - 1, min(num_films, len(rows))).astype(int)
-        return self.gather(np.asarray(rows)[some])[0].mean(0)
+        return self.gather(np.asarray(rows)[some])[0].float().mean(0)
 
     def rows(self, film_ids):
         """Row numbers of some films."""
@@ -76,16 +76,23 @@ class Latents:
         return np.array([place[film] for film in film_ids], dtype=np.int64)
 
     def gather(self, rows):
-        """Posterior mean and std, each float32 (B, C, h, w), of some rows."""
+        """Posterior mean and std, each (B, C, h, w) of the stored dtype, of some rows."""
         rows = np.asarray(rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise LatentError(f"rows {rows.min()} to {rows.max()} of {len(self)} were asked for")
-        mean, std = torch.empty((2, len(rows), *self.shape[1:]))
-        for place, row in enumerate(rows.tolist()):  # small copies: no thread has to be woken
-            shard, at = divmod(row, self.shard_size)
-            mean[place].copy_(self.shards[shard][0][at])
-            std[place].copy_(self.shards[shard][1][at])
-        return mean, std
+        shards, at = np.divmod(rows, self.shard_size)
+        if len(used := np.unique(shards)) == 1:  # no copy beyond the rows themselves
+            return tuple(
+                part.index_select(0, torch.from_numpy(at)) for part in self.shards[used[0]]
+            )
+        both = [
+            torch.empty((len(rows), *self.shape[1:]), dtype=self.shards[0][0].dtype) for _ in "ms"
+        ]
+        for number in used:
+            where = torch.from_numpy(np.flatnonzero(shards == number))
+            for part, out in zip(self.shards[number], both, strict=True):
+                out[where] = part.index_select(0, torch.from_numpy(at)[where])
+        return tuple(both)
 
     def cond(self, rows):
         """Caption embeddings (B, L, D) of some rows."""
@@ -192,7 +199,7 @@ def verify(model, latents, paths, size, fit, folder, batch_size=16, num_rows=64)
     fresh = _encode(model, chosen, size, fit, batch_size, torch.float32, lambda done: None)
     used = np.unique(latents.caption_index[rows])
     text = embed_captions(model, [latents.captions[i] for i in used], warn=False).cpu()
-    stored = (*latents.gather(rows), latents.text[used])
+    stored = (*(part.float() for part in latents.gather(rows)), latents.text[used])
     for name, old, new in zip(
         ("means", "spreads", "captions"), stored, (*fresh, text), strict=True
     ):
