@@ -127,22 +127,35 @@ def _mapper(before, after, pairs, length):
 
 
 def explain_alignment(tokenizer, source, target, **options):
-    """Say token by token which map each token of T' takes: lines of text; options as for align."""
+    """Say word by word which map each word of T' takes: lines of text; options as for align.
+
+    A word of several tokens, as one that was never trained, is one line and says how many.
+    """
     mapper, weights, blend = align(tokenizer, source, target, **options)
-    tokens = []
-    for prompt, marked in zip((source, target), blend, strict=True):
-        names = tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)
-        marks = zip(names, marked.tolist(), strict=False)
-        tokens.append([name.removesuffix("</w>") + " (blend)" * mark for name, mark in marks])
-    lines = [f"{'target token':<24}takes the map of"]
-    for column, weight, token in zip(mapper.T, weights.tolist(), tokens[1], strict=False):
-        came = " + ".join(tokens[0][row] for row in column.nonzero()[:, 0])
-        share = "" if column.max() in (0, 1) else f", {column.max():.3g} of it"
+    before, after = (
+        _named(tokenizer, prompt, marked)
+        for prompt, marked in zip((source, target), blend, strict=True)
+    )
+    lines = [f"{'target word':<23} takes the map of"]
+    for name, tokens in after:
+        taken, weight = mapper[:, tokens], float(weights[tokens][0])
+        came = " + ".join(old for old, rows in before if taken[rows].any())
+        share = "" if taken.max() in (0, 1) else f", {taken.max():.3g} of it"
         times = "" if weight == 1 else f", times {weight:g}"
-        lines.append(f"{token:<24}{came or 'none: keeps its own'}{share}{times}")
-    gone = mapper.sum(1)[: len(tokens[0])] == 0
-    lines += [f"{'(gone)':<24}{tokens[0][row]}" for row in gone.nonzero()[:, 0]]
+        lines.append(f"{name:<23} {came or 'none: keeps its own'}{share}{times}")
+    lines += [f"{'(gone)':<23} {old}" for old, rows in before if not mapper[rows].any()]
     return "\n".join(lines)
+
+
+def _named(tokenizer, prompt, marked):
+    """The start, each word and the end of a prompt: what to call it, and its tokens."""
+    named = [(tokenizer.bos_token, slice(0, 1))]
+    for word in split_words(tokenizer, prompt):
+        pieces = f" ({len(word.ids)} tokens)" * (len(word.ids) > 1)
+        blended = " (blend)" * bool(marked[word.tokens].any())
+        named.append((word.text.lower() + pieces + blended, word.tokens))
+    end = named[-1][1].stop
+    return [*named, (tokenizer.eos_token, slice(end, end + 1))]
 
 
 def layout(alignments, films, source_start, target_start):

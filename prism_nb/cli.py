@@ -137,7 +137,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 
 @app.command()
 def edit(
-    image: Annotated[Path, typer.Argument(help="A film, PNG or JPEG.")],
+    image: Annotated[Path, typer.Argument(help="A film: PNG, JPEG or DICOM.")],
     source: Annotated[str, typer.Option("--from", help="T: what the film shows.")] = "",
     target: Annotated[str, typer.Option("--to", help="T': what it is to show.")] = "",
     name: Annotated[str, typer.Option("--edit", help="The paper's T and T' by name.")] = "",
@@ -146,12 +146,13 @@ def edit(
     model: Annotated[str, typer.Option(help="A run folder, or a base model.")] = "phantom",
     guidance: Annotated[float | None, typer.Option(help="w; else the preset's.")] = None,
     steps: Annotated[int, typer.Option(help="N, steps of DDIM.")] = 20,
-    out: Annotated[Path | None, typer.Option(help="A PNG; else IMAGE_edited.png here.")] = None,
+    out: Annotated[Path | None, typer.Option(help=".png or .dcm; else IMAGE_edited.png.")] = None,
+    bits: Annotated[int, typer.Option(help="Of the written film: 8 or 16.")] = 8,
 ) -> None:
     """Edit one film of your own: its counterfactual, its mask, a picture of what changed."""
     with _one_line_errors(ValueError):
         pair = _caption_pair(name, source, target)
-        out = _new_png(out or Path(f"{image.stem}_edited.png"), image)
+        out = _new_film(out or Path(f"{image.stem}_edited.png"), image, bits)
         loaded, trained, fit = _load_for_edit(model)
         film = _own_film(loaded, image, fit)
         _explain(loaded, pair, trained)
@@ -163,7 +164,7 @@ def edit(
         about = {"source": pair[0], "target": pair[1], "mask_area": float(edited.area[0])}
         about["s_clip"] = _score(loaded, film, edited.films[0], pair)
         print(f"  mask          {edited.area[0]:.1%} of the film")
-        for path in _write_edit(out, film, edited, about | recipe):
+        for path in _write_edit(out, film, edited, about | recipe, image, bits):
             print(f"  wrote         {path}")
 
 
@@ -185,12 +186,25 @@ def _caption_pair(name: str, source: str, target: str) -> tuple[str, str]:
     return known[name.lower()]
 
 
-def _new_png(out: Path, image: Path) -> Path:
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out}: films are written as PNG; give a name that ends in .png")
-    if out.resolve() == image.resolve():
-        raise ValueError(f"--out {out} is the film itself; give another name")
+def _new_film(out: Path, image: Path, bits: int) -> Path:
+    from prism_nb.dicom import need_pydicom
+
+    kind = out.suffix.lower()
+    if kind not in (".png", ".dcm"):
+        raise ValueError(f"--out {out}: films are PNG or DICOM; let its name end in .png or .dcm")
+    if bits not in (8, 16):
+        raise ValueError(f"--bits {bits}: it must be 8 or 16")
+    if kind == ".dcm":
+        need_pydicom()
+    for each in (out, *_beside(out)):
+        if each.resolve() == image.resolve():
+            raise ValueError(f"--out {out}: {each} is the film itself; give another name")
     return out
+
+
+def _beside(out: Path) -> list[Path]:
+    """Where the mask and the picture of what changed go."""
+    return [out.with_name(f"{out.stem}_{what}.png") for what in ("mask", "difference")]
 
 
 def _load_for_edit(model: str) -> tuple:
@@ -245,17 +259,27 @@ def _score(model: object, film: object, edited: object, pair: tuple[str, str]) -
     return score
 
 
-def _write_edit(out: Path, film: object, edited: object, about: dict) -> list[Path]:
+def _write_edit(
+    out: Path, film: object, edited: object, about: dict, image: Path, bits: int
+) -> list[Path]:
     import matplotlib
 
     matplotlib.use("agg")
+    from prism_nb.dicom import is_dicom, save_secondary_capture
     from prism_nb.edits import save_edit, save_mask
     from prism_nb.figures import plot_edits
     from prism_nb.files import atomic_path
+    from prism_nb.images import unit_to_uint8, unit_to_uint16
     from prism_nb.run import versions
 
-    mask, difference = (out.with_name(f"{out.stem}_{what}.png") for what in ("mask", "difference"))
-    save_edit(out, edited.films[0], about, {"versions": versions()})
+    mask, difference = _beside(out)
+    pixels = (unit_to_uint8 if bits == 8 else unit_to_uint16)(edited.films[0])
+    made_by = {"versions": versions()}
+    if out.suffix.lower() == ".dcm":
+        source = image if is_dicom(image) else None
+        save_secondary_capture(out, pixels, about | made_by, source=source)
+    else:
+        save_edit(out, pixels, about, made_by)
     save_mask(mask, edited.masks[0])
     figure = plot_edits(film[None], edited.films, ["SYNTHETIC"], edited.masks)[0, 0].figure
     with atomic_path(difference) as partial:
@@ -326,6 +350,7 @@ def edit_cohort(
     steps: Annotated[int | None, typer.Option(help="N; else the run's own.")] = None,
     max_films: Annotated[int, typer.Option(help="At most so many films; 0: all.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Else counterfactuals/ in the run.")] = None,
+    format: Annotated[str, typer.Option(help="png, png16, or dicom: beside the PNGs.")] = "png",
     slurm: Annotated[list[str] | None, SLURM] = None,
 ) -> None:
     """Make counterfactuals of a run's films, by the thousand; what is finished is kept."""
@@ -337,7 +362,7 @@ def edit_cohort(
 
         logging.disable_progress_bar()
         own = {"edits": _listed(edits), "preset": preset or None, "num_ddim_steps": steps}
-        made = make(folder, out, split, max_films, shards, executor, options, **own)
+        made = make(folder, out, split, max_films, shards, executor, options, format, **own)
         columns = {"films": ("kept", "size"), "kept": ("kept", "sum"), "s_clip": ("s_clip", "mean")}
         counts = made.groupby("edit").agg(**columns)
         print(counts.round(3).to_string())

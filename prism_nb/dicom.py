@@ -4,7 +4,7 @@ Reading keeps the standard's order: modality table or rescale, then the first VO
 then MONOCHROME1 is turned over. All three make one table over the stored values (16 bits at most),
 which is looked up once a pixel. Film (H, W) in [0, 1].
 What a header says of the patient stays in the file: films and patients get names that are hashes of
-unique ids. Needs the extra "dicom": pydicom, and pylibjpeg for JPEG Lossless and JPEG 2000.
+unique ids. Needs the extra "dicom": pydicom, and GDCM for JPEG Lossless and JPEG 2000.
 Used by images.py, layouts.py and `prism-nb edit`.
 """
 
@@ -64,12 +64,18 @@ def check_film(path: Path | str, max_pixels: int) -> None:
     _check(_open(path), max_pixels)
 
 
-def _open(path):
-    """Read the header; pixels and other large elements only when they are asked for."""
+def need_pydicom():
+    """The module pydicom; DicomError, one line, where it is not installed."""
     try:
         import pydicom
     except ImportError:
-        raise DicomError("reading DICOM needs pydicom: pip install 'prism_nb[dicom]'.") from None
+        raise DicomError("DICOM needs pydicom: pip install 'prism_nb[dicom]'.") from None
+    return pydicom
+
+
+def _open(path):
+    """Read the header; pixels and other large elements only when they are asked for."""
+    pydicom = need_pydicom()
     logging.getLogger("pydicom").addHandler(_QUIET)  # what it logs is in our errors already
     try:
         return pydicom.dcmread(path, defer_size=1024)
@@ -105,13 +111,19 @@ def _fault(dataset, max_pixels):
 
 def _codec_fault(dataset):
     from pydicom.pixels import get_decoder
+    from pydicom.uid import JPEGExtended12Bit
 
     syntax = dataset.file_meta.TransferSyntaxUID
     try:
-        if get_decoder(syntax).is_available:
-            return ""
+        decoder = get_decoder(syntax)
     except NotImplementedError:
         return f"its pixels are stored as {syntax.name}, which cannot be decoded; convert it."
+    plugins = decoder.available_plugins
+    if syntax == JPEGExtended12Bit and dataset.BitsStored > 8 and "pylibjpeg" not in plugins:
+        codec = "pip install pylibjpeg-libjpeg (its licence is the GPL)"
+        return f"its pixels are {syntax.name} in {dataset.BitsStored} bits; for that: {codec}."
+    if decoder.is_available:
+        return ""
     return f"its pixels are {syntax.name}; for that codec: pip install 'prism_nb[dicom]'."
 
 
@@ -190,10 +202,10 @@ def describe_folder(folder: Path | str) -> list[dict]:
     of the patient's films), Sex, Age ("90" from 90 on), view, reason to reject it ("" = none).
     """
     folder, patients, rows = Path(folder), {}, []
-    for path in sorted(each for each in folder.rglob("*") if each.suffix.lower() in SUFFIXES):
+    for path in sorted(each for each in folder.rglob("*") if _suffix(each) in SUFFIXES):
         if not path.is_file() or path.name == "DICOMDIR":
             continue
-        if path.suffix or is_dicom(path):
+        if _suffix(path) or is_dicom(path):
             row, patient = _describe(path)
             rows.append({"path": path.relative_to(folder).as_posix(), **row})
             patients.setdefault(patient or row["film_id"], []).append(rows[-1])
@@ -209,6 +221,11 @@ def describe_folder(folder: Path | str) -> list[dict]:
             row["reason"] = row["reason"] or "another file holds the same SOP Instance UID."
         seen.add(row["film_id"])
     return rows
+
+
+def _suffix(path):
+    """The suffix in lower case; the end of a name that is a unique id, such as 1.2.840, is none."""
+    return "" if path.suffix[1:].isdigit() else path.suffix.lower()
 
 
 def _describe(path):
@@ -241,14 +258,21 @@ def _hash(text):
 
 
 def save_secondary_capture(
-    path: Path | str, film: np.ndarray, about: dict, patient: str = "", burned_in: bool = True
+    path: Path | str,
+    film: np.ndarray,
+    about: dict,
+    patient: str = "",
+    burned_in: bool = True,
+    source: Path | str | None = None,
 ) -> None:
     """Write a film as a derived Secondary Capture, atomically: new ids, nothing of the source.
 
     film: uint8 or uint16 (H, W), 0 black. about: how it was made, kept as JSON in Image Comments.
     patient: a pseudonym, or empty. burned_in: False only if the source holds no text or marker,
-    for an edit leaves them where they are. Raises DicomError for another film or too long an about.
+    for an edit leaves them where they are. source: a DICOM file to refer to, by its unique ids.
+    Raises DicomError for another film, too long an about, or where pydicom is missing.
     """
+    need_pydicom()
     film = np.asarray(film)
     if film.ndim != 2 or film.dtype not in (np.uint8, np.uint16):
         raise DicomError(
@@ -261,6 +285,8 @@ def save_secondary_capture(
     dataset.PatientName = dataset.PatientID = patient
     dataset.BurnedInAnnotation = "YES" if burned_in else "NO"
     dataset.ImageComments = comments
+    if source is not None:
+        _refer(dataset, _open(source))
     with atomic_path(path) as temporary:
         dataset.save_as(temporary, enforce_file_format=True)
 
@@ -306,3 +332,30 @@ def _derived(film):
         setattr(dataset, name, value)
     dataset.PixelData = film.astype(film.dtype.newbyteorder("<")).tobytes()
     return dataset
+
+
+def _refer(dataset, source):
+    """Name the image that a film was made of, and its study (PS3.3 C.12.4 and C.12.2)."""
+    names = ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
+    study, series, kind, instance = (source.get(name) for name in names)
+    if not (study and series and kind and instance):
+        return
+    image = {"ReferencedSOPClassUID": kind, "ReferencedSOPInstanceUID": instance}
+    meaning = "Source image for image processing operation"
+    purpose = {"CodeValue": "121322", "CodingSchemeDesignator": "DCM", "CodeMeaning": meaning}
+    purpose = {"PurposeOfReferenceCodeSequence": [_item(**purpose)]}
+    dataset.SourceImageSequence = [_item(**image, **purpose)]
+    series = _item(SeriesInstanceUID=series, ReferencedInstanceSequence=[_item(**image)])
+    study = _item(StudyInstanceUID=study, ReferencedSeriesSequence=[series])
+    dataset.StudiesContainingOtherReferencedInstancesSequence = [study]
+    how = dataset.DeidentificationMethod
+    dataset.DeidentificationMethod = [how, "the source is referred to by its unique ids"]
+
+
+def _item(**elements):
+    from pydicom.dataset import Dataset
+
+    item = Dataset()
+    for name, value in elements.items():
+        setattr(item, name, value)
+    return item

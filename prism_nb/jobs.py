@@ -67,7 +67,7 @@ def _run_here(call, arguments):
         try:
             call(*each)
         except RuntimeError as error:
-            died[number] = error
+            died[number] = (str(error).splitlines() or [type(error).__name__])[0]
     return died
 
 

@@ -25,7 +25,7 @@ from prism_nb.inversion import invert
 from prism_nb.judging import asker
 from prism_nb.metrics import tea_effectiveness
 from prism_nb.phantom.anatomy import body, bones
-from prism_nb.phantom.renderer import _text, film_grid
+from prism_nb.phantom.renderer import burnt_in_text, film_grid
 
 HEART, EFFUSION = "Cardiomegaly", "Pleural Effusion"
 DEVICES, PACEMAKER = "Support Devices", "pacemaker"
@@ -191,7 +191,8 @@ def removed_by_place(cohort, plan, factual, films, truth):
 def text_masks(cohort, film_ids):
     """Where letters are burnt into films of the phantom: (R, H, W) bool."""
     patients = [phantom.patient_of(cohort.image_root, film) for film in film_ids]
-    return np.stack([_text(patient, cohort.settings["image_size"]) > 0 for patient in patients])
+    size = cohort.settings["image_size"]
+    return np.stack([burnt_in_text(patient, size) > 0 for patient in patients])
 
 
 def with_margin(masks, pixels=3):

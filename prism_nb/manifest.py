@@ -35,7 +35,7 @@ PACKAGE = Path(__file__).resolve().parent
 CARRIERS = ("files", "params", "run", "manifest", "execute", "report", "cli")
 FILMS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 OWN_FOLDERS = ("figures", "tables", "notebooks", "report", "steps")
-OWN_FOLDERS += ("training", "baseline", "studio")  # beside what STEPS write
+OWN_FOLDERS += ("training", "baseline", "studio", "counterfactuals")  # beside what STEPS write
 
 
 class Manifest:
@@ -174,8 +174,9 @@ class Manifest:
         if self._films is None:
             csv = Path(resolve_path("csv", profile["csv"], root))
             given = profile.get("image_root", "")
-            films = Path(resolve_path("image_root", given, root)) if given else csv.parent
-            self._films = _tree(films, FILMS)
+            own, suffixes = (csv, ()) if csv.is_dir() else (csv.parent, FILMS)  # DICOM has none
+            films = Path(resolve_path("image_root", given, root)) if given else own
+            self._films = _tree(films, suffixes)
         return self._films
 
 

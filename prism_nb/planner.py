@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from prism_nb.columns import read_table
 from prism_nb.counting import Sketch, classifier_flops, measured_rate
 from prism_nb.editing import PRESETS, choose
 from prism_nb.edits import given_dials
@@ -42,6 +43,11 @@ class Plan:
 
         num_films: of the cohort; 0: as its run folder or CSV tells. Raises ValueError.
         """
+        for name, number in {"gpus": gpus, "films": num_films}.items():
+            if number < 0:
+                raise ValueError(f"{name} is {number}; give 0 or more")
+        if tflops <= 0:
+            raise ValueError(f"tflops is {tflops}; give more than 0")
         self.gpus, self.tflops = gpus, tflops
         p = [validate(name, for_notebook(values, name)) for name in list(MODELS)[:6]]
         self.cohort, self.tune, self.invert, self.edit, self.judge, self.augment = p
@@ -238,7 +244,7 @@ def latent_bytes(sketch, num_films, num_captions):
 
 
 def count_films(cohort, num_films=0):
-    """Films of a cohort and their captions, the empty one too: the run's own, else the CSV's lines.
+    """Films of a cohort and their captions, the empty one too: the run's own, else the CSV's rows.
 
     Raises ValueError where neither is there and no number is given.
     """
@@ -250,10 +256,11 @@ def count_films(cohort, num_films=0):
     csv = Path(resolve_path("csv", cohort.csv, root))
     if cohort.csv == "phantom":
         num_films = num_films or cohort.phantom_patients
-    elif not num_films and not csv.is_file():
+    elif not num_films and not csv.exists():
         raise ValueError(f"{csv} is not there: give --films, how many it has")
+    elif not num_films and csv.is_dir():  # of DICOM
+        num_films = max(1, sum(each.is_file() for each in csv.rglob("*")))
     elif not num_films:
-        with open(csv, "rb") as lines:
-            num_films = max(1, sum(1 for _ in lines) - 1)
+        num_films = len(read_table(csv, "labels CSV"))
     num_films = min(num_films, cohort.max_films or num_films)
     return num_films, min(num_films // 2, 5000) + 1

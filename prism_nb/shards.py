@@ -5,12 +5,17 @@ and are cut into batches; every N-th batch is a shard's. A batch is always compu
 draws from (seed, film) alone: neither the number of shards nor a kill changes a bit of it (on equal
 machines and threads). RUN/counterfactuals holds plan.parquet, parts/ (a folder a batch, whole or
 not at all, named by the digest of all that it was made from), and edits.parquet, merged, which
-reads as notebook 04's. Films (B, H, W) in [0, 1]. Used by `prism-nb edit-cohort`.
+reads as notebook 04's; on request the PNGs have 16 bits, or DICOM lies beside them. Films
+(B, H, W) in [0, 1]. Used by `prism-nb edit-cohort`.
 """
 
 import ast
 import hashlib
 import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,12 +23,13 @@ import torch
 from tqdm.auto import tqdm
 
 from prism_nb.cohort import read_cohort
+from prism_nb.dicom import need_pydicom, save_secondary_capture
 from prism_nb.diffusion import encode_films, load_model, pick_device
 from prism_nb.editing import PRESETS, edit
 from prism_nb.edits import filter_edits, given_dials, parse_edit, plan_edits, recipe, save_edits
 from prism_nb.files import atomic_folder, atomic_path, locked, read_json, sha256_file, write_json
 from prism_nb.findings import slug
-from prism_nb.images import load_films, uint8_to_unit
+from prism_nb.images import load_films, uint8_to_unit, unit_to_uint8, unit_to_uint16
 from prism_nb.inversion import invert
 from prism_nb.jobs import JobsDied, check_executor, run_jobs
 from prism_nb.manifest import leftovers, reached_modules
@@ -32,17 +38,28 @@ from prism_nb.run import project_root, record_path, resolve_path, versions
 from prism_nb.scoring import load_clip
 
 SPLITS = ("train", "val", "test", "all")
+FORMATS = ("png", "png16", "dicom")  # dicom: beside the PNGs, for the notebooks read those
+PRIVATE = ["film_id", "patient_id", "split", "path", "mask_path"]  # what a film does not tell
 
 
 def edit_cohort(
-    run, out=None, split="test", max_films=0, shards=1, executor="local", options=None, **settings
+    run,
+    out=None,
+    split="test",
+    max_films=0,
+    shards=1,
+    executor="local",
+    options=None,
+    format="png",
+    **settings,
 ):
     """Make the counterfactuals of a cohort's films that are not there yet: edits.parquet's table.
 
     run: a run folder with a model. out: by default RUN/counterfactuals. max_films: 0 is all; more
     later continue fewer now. settings: over the run's own, as notebooks 03 and 04 name them
-    (edits, preset, num_ddim_steps, ...). options: submitit's, for slurm. Raises JobsDied where a
-    shard died: the same call goes on. ValueError, one line, on what cannot be done.
+    (edits, preset, num_ddim_steps, ...). options: submitit's, for slurm. format: one of FORMATS.
+    Raises JobsDied where a shard died: the same call goes on. ValueError, one line, on what cannot
+    be done.
     """
     run = Path(run).resolve()
     out = Path(out).resolve() if out else run / "counterfactuals"
@@ -50,13 +67,15 @@ def edit_cohort(
         raise ValueError(f"shards is {shards}, max_films {max_films}; give 1 and 0, or more")
     if (shards, executor) != (1, "local"):
         check_executor(executor)
-    request = read_request(run, split, settings)
+    request = read_request(run, split, settings, format)
     plan = plan_batches(run, request, max_films)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock") as free:
         if not free:
             raise ValueError(f"{out} is in use by another edit-cohort: wait for its end")
+        _refuse_running(out)
         leftovers(out)
+        shutil.rmtree(out / ".jobs", ignore_errors=True)  # what waits in a queue may not start
         (out / "edits.parquet").unlink(missing_ok=True)  # with it, the folder counts as finished
         write_json(out / "request.json", request)
         _write(plan, out / "plan.parquet")
@@ -64,10 +83,22 @@ def edit_cohort(
         return merge(out, plan)
 
 
-def read_request(run, split="test", settings=None):
+def _refuse_running(out):
+    """ValueError where shards still run whose command was killed: they are writing."""
+    for lock in out.glob(".lock-*"):
+        with locked(lock) as free:
+            if not free:
+                still = "in use: shards of an edit-cohort that ended still run"
+                raise ValueError(f"{out} is {still}; wait for them")
+
+
+def read_request(run, split="test", settings=None, format="png"):
     """All that decides what is made: the run's own settings, some replaced, and its model."""
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    for name, value, allowed in (("split", split, SPLITS), ("format", format, FORMATS)):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    if format == "dicom":
+        need_pydicom()
     if not (run / "model" / "base.json").is_file():
         raise ValueError(f"{run} has no model yet: run 02_finetune in it")
     given = {key: value for key, value in (settings or {}).items() if value not in (None, [])}
@@ -86,6 +117,7 @@ def read_request(run, split="test", settings=None):
         "inversion": {"method": how.inversion, "num_steps": how.num_ddim_steps} | seed,
         "dials": given_dials(p),
         "split": split,
+        "format": format,
         "model": [sha256_file(path) for path in weights],
         "cohort": sha256_file(run / "cohort.parquet"),
         "code": _digest([ast.dump(ast.parse(path.read_text("utf-8"))) for path in code]),
@@ -132,12 +164,15 @@ def make_shard(run, out, shard=0, num_shards=1, threads=0):
     plan = pd.read_parquet(out / "plan.parquet")
     own = list(plan["batch"].unique())[shard::num_shards]
     missing, failed = [key for key in own if not (out / "parts" / key).is_dir()], []
-    tools = load_tools(run, read_json(out / "request.json"), shard)
-    for key in tqdm(missing, "batches", len(own), initial=len(own) - len(missing)):
-        try:
-            make_batch(*tools, plan[plan["batch"] == key], out / "parts" / key)
-        except ValueError as error:  # a film that cannot be read, or edited
-            failed.append(error)
+    with locked(out / f".lock-{shard}") as free:
+        if not free:
+            raise RuntimeError(f"another process makes shard {shard + 1}")
+        tools = load_tools(run, read_json(out / "request.json"), shard)
+        for key in tqdm(missing, "batches", len(own), initial=len(own) - len(missing)):
+            try:
+                make_batch(*tools, plan[plan["batch"] == key], out / "parts" / key)
+            except ValueError as error:  # a film that cannot be read, or edited
+                failed.append(error)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(own)} batches failed, the first: {failed[0]}")
 
@@ -167,9 +202,20 @@ def make_batch(request, cohort, model, scorer, plan, folder):
     # A PNG tells how it was made and not of whom: no id of ours goes further than the tables.
     plan = plan.drop(columns=["id", "batch"]).assign(row=row)
     judged = filter_edits(plan, s_clip, made.area, request["s_clip_min"])
-    judged = judged.assign(**recipe(found, **how))
+    judged, about = judged.assign(**recipe(found, **how)), {"versions": versions()}
+    if request["format"] == "png16":
+        made = replace(made, films=unit_to_uint16(made.films))
     with atomic_folder(folder) as partial:
-        save_edits(partial, judged, made, chosen, {}, {"versions": versions()})
+        table = save_edits(partial, judged, made, chosen, {}, about)
+        if request["format"] == "dicom":
+            _save_dicom(partial, table, made.films, about)
+
+
+def _save_dicom(folder, table, films, about):
+    """Write each film as DICOM too, under the name of its PNG with the suffix .dcm."""
+    recipes = table.drop(columns=PRIVATE).to_dict("records")
+    for path, film, row in zip(table["path"], unit_to_uint8(films), recipes, strict=True):
+        save_secondary_capture((folder / path).with_suffix(".dcm"), film, row | about)
 
 
 def merge(out, plan):
@@ -190,21 +236,27 @@ def merge(out, plan):
 
 def _make(run, out, plan, shards, executor, options):
     """Run the shards that have work; JobsDied, one line, names those that died."""
-    parts = {key: out / "parts" / key for key in plan["batch"].unique()}
-    todo = [number for number, part in enumerate(parts.values()) if not part.is_dir()]
-    busy = sorted({number % shards for number in todo})
+    keys = list(plan["batch"].unique())
+
+    def missing():
+        with suppress(FileNotFoundError):
+            return set(keys).difference(os.listdir(out / "parts"))  # one look, however many
+        return set(keys)
+
+    todo = missing()
+    busy = sorted({number % shards for number, key in enumerate(keys) if key in todo})
     threads = max(1, torch.get_num_threads() // shards) if executor == "local" else 0
     calls = [(str(run), str(out), shard, shards, threads) for shard in busy]
     where = "here" if (shards, executor) == (1, "local") else executor
-    with tqdm(desc="batches", total=len(parts), disable=where == "here") as bar:
+    with tqdm(desc="batches", total=len(keys), disable=where == "here") as bar:
 
         def watch():
-            if new := sum(part.is_dir() for part in parts.values()) - bar.n:
+            if new := len(keys) - len(missing()) - bar.n:
                 bar.update(new)
 
-        died = run_jobs(make_shard, calls, out / "jobs", where, options, watch) if busy else {}
+        died = run_jobs(make_shard, calls, out / ".jobs", where, options, watch) if busy else {}
     if died:
-        left = sum(not parts[key].is_dir() for key in plan["batch"])
+        left = plan["batch"].isin(missing()).sum()
         names, why = ", ".join(str(busy[n] + 1) for n in died), next(iter(died.values()))
         raise JobsDied(
             f"shard {names} of {shards} died: {why}; {left} of {len(plan)} counterfactuals are "

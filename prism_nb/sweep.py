@@ -11,11 +11,12 @@ import os
 import re
 import shutil
 import sys
+import uuid
 from itertools import product
 from pathlib import Path
 
 from prism_nb.execute import chosen_steps, prepare, run_job
-from prism_nb.files import atomic_folder, atomic_path, read_json
+from prism_nb.files import TEMPORARY, atomic_path, read_json
 from prism_nb.jobs import check_executor, run_jobs
 from prism_nb.manifest import given_parameters
 from prism_nb.report import write_report
@@ -42,10 +43,11 @@ def sweep(profile, settings, executor="local", options=None, notebooks=None, ste
         raise RunFolderError("nothing to sweep: give --set key=value,value with different values")
     parents, waiting, died = _parents(jobs, steps), list(range(len(jobs))), {}
     home, where = jobs[0].folder.parent, "here" if executor == "local" else executor
+    logs = home / f".sweep-{uuid.uuid4().hex[:8]}"  # another sweep may be at work here
     while waiting:
         part = [n for n in waiting if parents[n] == n or parents[n] not in waiting]
         calls = [(profile, plans[n], notebooks, steps, jobs[parents[n]].folder) for n in part]
-        failed = run_jobs(run_one, calls, home / ".sweep", where, options)
+        failed = run_jobs(run_one, calls, logs, where, options)
         died |= {jobs[part[number]].folder.name: why for number, why in failed.items()}
         waiting = [n for n in waiting if n not in part]
     path = home / f"{Path(run).name}-{'-'.join(swept)}.csv"
@@ -68,9 +70,7 @@ def run_one(profile, settings, notebooks, steps, parent):
     """Run one combination, from the files of another run where there is none of it yet."""
     job = prepare(profile, settings=settings, notebooks=notebooks)
     if not job.folder.exists() and (parent / "manifest.json").is_file():
-        with atomic_folder(job.folder) as partial:
-            how = {"copy_function": _link, "ignore": PRIVATE, "dirs_exist_ok": True}
-            shutil.copytree(parent, partial, **how)
+        _start_from(parent, job.folder)
     print(job.folder, flush=True)
     try:
         run_job(job, steps, stream=sys.stdout)
@@ -106,6 +106,19 @@ def _parents(jobs, steps):
         shared = [sum(own[:end] == other[:end] for end in ends) for other in made[:number]]
         parents.append(shared.index(max(shared)) if any(shared) else number)
     return parents
+
+
+def _start_from(parent, folder):
+    """Take over another run's files; where another command was quicker, its folder stands."""
+    partial = folder.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}")
+    try:
+        shutil.copytree(parent, partial, copy_function=_link, ignore=PRIVATE)
+        os.rename(partial, folder)  # not onto a folder that holds anything
+    except OSError:
+        if not folder.exists():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _link(source, target):

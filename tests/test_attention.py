@@ -141,18 +141,23 @@ def test_weights_and_blend_take_phrases(tokenizer):
     assert twice.nonzero()[:, 0].tolist() == [1, 3]
 
 
-def test_an_alignment_is_explained_token_by_token(tokenizer):
+def test_an_alignment_is_explained_word_by_word(tokenizer):
     weights = {"edema": 2.0}
     text = explain_alignment(
         tokenizer, "chest edema support devices", "chest zebra edema", weights=weights
     )
     lines = [line.split(maxsplit=1) for line in text.splitlines()[1:]]
     assert ["chest", "chest"] in lines
-    assert ["z", "none: keeps its own"] in lines
+    assert ["zebra", "(5 tokens)        none: keeps its own"] in lines
     assert ["edema", "edema, times 2"] in lines
+    assert len(lines) == 7  # the start, three words, the end, two that are gone
     assert lines[-2:] == [["(gone)", "support"], ["(gone)", "devices"]]
     shared = explain_alignment(tokenizer, "chest edema", "chest zebra", kind="replace")
-    assert shared.count("edema, 0.2 of it") == 5
+    assert shared.count("edema, 0.2 of it") == 1
+    same = explain_alignment(tokenizer, SOURCE, SOURCE, blend=["edema"])
+    assert "x-ray (3 tokens)        x-ray (3 tokens)" in same.splitlines()
+    assert "edema (blend)           edema (blend)" in same.splitlines()
+    assert "(gone)" not in same
 
 
 @pytest.mark.parametrize(

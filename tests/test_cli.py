@@ -1,6 +1,7 @@
 """The command line: what it prints, and its exit codes."""
 
 import json
+import sys
 
 import numpy as np
 import pandas as pd
@@ -104,6 +105,7 @@ def test_edit_writes_film_mask_and_difference_and_says_how(film, random_base):
     assert code == 0, error
     for line in ("takes the map of", "(gone)", "S_CLIP", "mask ", f"wrote         {out}"):
         assert line in said
+    assert "stent (4 tokens)        none: keeps its own" in said  # a word, not its letters
     with Image.open(out) as made, Image.open(film.with_name("made_mask.png")) as mask:
         assert made.size == mask.size == (64, 64)
         assert mask.mode == "1"
@@ -116,6 +118,60 @@ def test_edit_writes_film_mask_and_difference_and_says_how(film, random_base):
         assert "SYNTHETIC" in difference.text["Description"]
     same = load_film(film, 64, "pad")[outside] == load_film(out, 64)[outside]
     assert same.all(), "outside its mask an edit is the film"
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_edit_writes_dicom_that_refers_to_a_dicom_film_and_copies_nothing(film, random_base, bits):
+    pydicom = pytest.importorskip("pydicom")
+    from prism_nb.dicom import save_secondary_capture
+
+    source, out = film.with_suffix(".dcm"), film.with_name("made.dcm")
+    save_secondary_capture(source, load_film(film, 64), {}, patient="Doe^Jane")
+    given = ["--edit", "remove Cardiomegaly", "--model", random_base, "--steps", 1]
+    code, said, error = call("edit", source, *given, "--bits", bits, "--out", out)
+    assert code == 0, error
+    assert f"wrote         {out}" in said
+    old, new = pydicom.dcmread(source), pydicom.dcmread(out)
+    assert (new.BitsStored, new.ImageType) == (bits, ["DERIVED", "SECONDARY"])
+    assert "SYNTHETIC" in new.SeriesDescription
+    assert "Doe" not in str(new)
+    assert new.SourceImageSequence[0].ReferencedSOPInstanceUID == old.SOPInstanceUID
+    how = json.loads(new.ImageComments)
+    assert (how["inversion"], how["num_steps"], how["seed"]) == ("direct", 1, 0)
+    assert len(how["model_key"]) == 64
+    assert how["target"] != how["source"]
+    assert "prism_nb" in how["versions"]
+    with Image.open(film.with_name("made_mask.png")) as mask:
+        outside = ~np.array(mask)
+    levels = load_film(film, 64).astype(int) * (2**bits - 1) // 255
+    assert (new.pixel_array == levels)[outside].all(), "outside its mask an edit is the film"
+    code, _, error = call("edit", film, *given, "--out", out)
+    assert code == 0, error
+    assert "SourceImageSequence" not in pydicom.dcmread(out)  # of a PNG
+
+
+def test_edit_writes_png_of_16_bits(film, random_base):
+    given = ["--edit", "remove Cardiomegaly", "--model", random_base, "--steps", 1]
+    out = film.with_name("made.png")
+    code, _, error = call("edit", film, *given, "--bits", 16, "--out", out)
+    assert code == 0, error
+    with Image.open(out) as made, Image.open(film.with_name("made_mask.png")) as mask:
+        assert made.mode == "I;16"
+        assert "SYNTHETIC" in made.text["Description"]
+        assert "prism_nb" in made.text["Software"]
+        how = json.loads(made.text["Recipe"])
+        pixels, outside = np.array(made), ~np.array(mask)
+    assert len(how["model_key"]) == 64
+    assert how["seed"] == 0
+    assert (pixels == load_film(film, 64, "pad").astype(int) * 257)[outside].all()
+    assert (pixels % 257 != 0).any()  # finer than 8 bits where the edit acted
+
+
+def test_dicom_without_pydicom_is_refused_before_anything_is_made(film, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    monkeypatch.setattr("prism_nb.diffusion.load_model", lambda *_: pytest.fail("loaded"))
+    code, _, error = call("edit", film, "--edit", "remove Cardiomegaly", "--out", "x.dcm")
+    assert (code, error) == (2, "prism-nb: DICOM needs pydicom: pip install 'prism_nb[dicom]'.\n")
 
 
 def test_edit_takes_a_run_warns_of_new_words_and_needs_its_model(film, random_base, tmp_path):
@@ -150,7 +206,8 @@ def test_edit_takes_a_run_warns_of_new_words_and_needs_its_model(film, random_ba
         (["--from", "chest x-ray"], "--from and --to, or --edit"),
         (["--edit", "remove devices"], "there is remove support devices"),
         (["--edit", "remove Cardiomegaly", "--to", "x"], "give either it or both of those"),
-        (["--edit", "remove Cardiomegaly", "--out", "x.jpg"], "a name that ends in .png"),
+        (["--edit", "remove Cardiomegaly", "--out", "x.jpg"], "in .png or .dcm"),
+        (["--edit", "remove Cardiomegaly", "--bits", 12], "--bits 12: it must be 8 or 16"),
         (["--edit", "remove Cardiomegaly", "--model", "nowhere"], "no such folder; give phantom"),
         (["--edit", "remove Cardiomegaly", "--preset", "prisma"], "the nearest is 'prism'"),
         (["--edit", "remove Cardiomegaly", "--method", "dirct"], "the nearest is 'direct'"),
@@ -174,6 +231,10 @@ def test_a_film_that_cannot_be_read_or_would_be_overwritten_is_named(film, rando
     code, _, error = call("edit", film, *name, "--out", film)
     assert code == 2
     assert "is the film itself" in error
+    mask = film.rename(film.with_name("other_mask.png"))  # as the mask of other.png is called
+    code, _, error = call("edit", mask, *name, "--out", film.with_name("other.png"))
+    assert code == 2
+    assert "other_mask.png is the film itself" in error
 
 
 def test_edit_cohort_writes_every_edit_and_continues(tiny_run, tmp_path):
@@ -186,6 +247,9 @@ def test_edit_cohort_writes_every_edit_and_continues(tiny_run, tmp_path):
     assert call("edit-cohort", tiny_run, *given)[1] == said
     code, _, error = call("edit-cohort", tiny_run, "--preset", "prisma", *given)
     assert (code, error.count("\n")) == (2, 1)
+    code, _, error = call("edit-cohort", tiny_run, "--format", "jpeg", *given)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "must be one of png, png16, dicom" in error
     assert call("edit-cohort", tmp_path)[2].endswith("has no model yet: run 02_finetune in it\n")
 
 

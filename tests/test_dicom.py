@@ -1,5 +1,6 @@
 """DICOM: what a film looks like by the standard, what is no film, and films written as derived."""
 
+import io
 import os
 import sys
 
@@ -180,25 +181,45 @@ def lossless_jpeg(pixels, bits):
     return b"\xff\xd8" + frame + codes + scan + data + b"\xff\xd9"
 
 
+def compressed(path, pixels, bits, syntax, frame):
+    """Write a film whose pixels are compressed, shown over their whole range."""
+    whole = {"WindowCenter": 2 ** (bits - 1), "WindowWidth": 2**bits}
+    return write(path, pixels, syntax, frame, BitsStored=bits, HighBit=bits - 1, **whole)
+
+
 @pytest.mark.filterwarnings("ignore:End of file reached")
 @pytest.mark.parametrize("bits", [12, 16])
-def test_jpeg_lossless(tmp_path, bits):
-    pytest.importorskip("libjpeg")
+def test_jpeg_lossless(tmp_path, bits, monkeypatch):
+    pytest.importorskip("gdcm")
+    decoder = pydicom.pixels.get_decoder(uid.JPEGLosslessSV1)
+    monkeypatch.setattr(decoder, "_available", {"gdcm": decoder._available["gdcm"]})
     noise = np.random.default_rng(0).integers(0, 2**bits, (20, 17)).astype(np.uint16)
-    path = write(
-        tmp_path / "film.dcm",
-        noise,
-        uid.JPEGLosslessSV1,
-        lossless_jpeg(noise, bits),
-        BitsStored=bits,
-        HighBit=bits - 1,
-        WindowCenter=2 ** (bits - 1),
-        WindowWidth=2**bits,
-    )
+    frame, path = lossless_jpeg(noise, bits), tmp_path / "film.dcm"
+    compressed(path, noise, bits, uid.JPEGLosslessSV1, frame)
     np.testing.assert_allclose(read_film(path, 10**6), noise / (2**bits - 1), atol=1e-6)
     path.write_bytes(path.read_bytes()[:-250])
     with pytest.raises(DicomError):
         read_film(path, 10**6)
+    compressed(path, noise, bits, uid.JPEGLosslessSV1, frame[:-100])  # whole but for its pixels
+    with pytest.raises(DicomError, match="cannot be decoded"):
+        read_film(path, 10**6)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_jpeg_2000(tmp_path, bits):
+    noise = np.random.default_rng(0).integers(0, 2**bits, (20, 17)).astype(np.uint16)
+    Image.fromarray(noise).save(stream := io.BytesIO(), "JPEG2000", no_jp2=True)
+    path, frame = tmp_path / "film.dcm", stream.getvalue()
+    compressed(path, noise, bits, uid.JPEG2000Lossless, frame)
+    np.testing.assert_allclose(read_film(path, 10**6), noise / (2**bits - 1), atol=1e-6)
+
+
+def test_lossy_jpeg_of_12_bits_is_refused_by_its_header(tmp_path, monkeypatch):
+    decoder = pydicom.pixels.get_decoder(uid.JPEGExtended12Bit)
+    monkeypatch.delitem(decoder._available, "pylibjpeg", raising=False)
+    path = write(tmp_path / "film.dcm", RAMP, uid.JPEGExtended12Bit, b"\xff\xd8")
+    with pytest.raises(ImageError, match=r"JPEG Extended.* 12 bits.*pylibjpeg-libjpeg"):
+        images.check_image(path, decode=False)
 
 
 def test_a_missing_codec_is_named_with_the_remedy(tmp_path, monkeypatch):
@@ -215,7 +236,7 @@ def test_a_missing_codec_is_named_with_the_remedy(tmp_path, monkeypatch):
 def test_without_pydicom(tmp_path, monkeypatch):
     path = write(tmp_path / "film.dcm")
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(ImageError, match=r"needs pydicom: pip install 'prism_nb\[dicom\]'"):
+    with pytest.raises(ImageError, match=r"DICOM needs pydicom: pip install 'prism_nb\[dicom\]'"):
         images.load_image(path)
 
 
@@ -299,6 +320,9 @@ def test_a_folder_is_described_without_whose_it_is(tmp_path):
     assert reasons["x/same.dcm"].startswith("another file holds the same SOP Instance UID")
     told = " ".join(str({**row, "path": ""}) for row in rows.values())
     assert not any(word in told for word in ("Doe", "DOE", "MRN", "0042", "Jane"))
+    write(tmp_path / "y/1.2.840.113619.2.7")  # named by its unique id: a number is no suffix
+    (tmp_path / "y/notes.1").write_text("no DICOM")
+    assert [row["path"] for row in describe_folder(tmp_path / "y")] == ["1.2.840.113619.2.7"]
     os.replace(tmp_path / "x/c.DICOM", tmp_path / "x/z.dcm")  # names do not hang on the path
     moved = next(row for row in describe_folder(tmp_path) if row["path"] == "x/z.dcm")
     assert moved["film_id"] == rows["x/c.DICOM"]["film_id"]
@@ -349,6 +373,35 @@ def test_secondary_captures_of_the_phantom_and_refusals(tmp_path):
     with pytest.raises(DicomError, match="10240 fit"):
         save_secondary_capture(tmp_path / "c.dcm", black, {"T": "x" * 20_000})
     assert not (tmp_path / "c.dcm").exists()
+
+
+def test_a_secondary_capture_refers_to_its_source_and_copies_nothing(tmp_path):
+    uids = {name: uid.generate_uid() for name in ("StudyInstanceUID", "SeriesInstanceUID")}
+    source = write(tmp_path / "source.dcm", StationName="Ward 7", StudyDate="20200102", **uids)
+    save_secondary_capture(tmp_path / "new.dcm", np.zeros((4, 4), np.uint8), {}, source=source)
+    old, new = (pydicom.dcmread(tmp_path / name) for name in ("source.dcm", "new.dcm"))
+    (image,) = new.SourceImageSequence
+    assert image.ReferencedSOPInstanceUID == old.SOPInstanceUID
+    assert image.ReferencedSOPClassUID == old.SOPClassUID
+    assert image.PurposeOfReferenceCodeSequence[0].CodeValue == "121322"  # source of processing
+    (study,) = new.StudiesContainingOtherReferencedInstancesSequence  # another than its own
+    assert study.StudyInstanceUID == old.StudyInstanceUID != new.StudyInstanceUID
+    (series,) = study.ReferencedSeriesSequence
+    assert series.SeriesInstanceUID == old.SeriesInstanceUID != new.SeriesInstanceUID
+    assert series.ReferencedInstanceSequence[0].ReferencedSOPInstanceUID == old.SOPInstanceUID
+    for told in ("Doe", "MRN", "061Y", "Ward", "20200102", "PA\n"):
+        assert told not in str(new)
+    assert "DX" not in (new.Modality, new.get("ViewPosition"))
+    assert "the source is referred to by its unique ids" in new.DeidentificationMethod
+    nameless = write(tmp_path / "nameless.dcm")  # without unique ids there is nothing to refer to
+    save_secondary_capture(tmp_path / "new.dcm", np.zeros((4, 4), np.uint8), {}, source=nameless)
+    assert "SourceImageSequence" not in pydicom.dcmread(tmp_path / "new.dcm")
+
+
+def test_writing_needs_pydicom(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(DicomError, match=r"^DICOM needs pydicom: pip install 'prism_nb\[dicom\]'"):
+        save_secondary_capture(tmp_path / "c.dcm", np.zeros((4, 4), np.uint8), {})
 
 
 def test_an_unmarked_file_is_no_dicom(tmp_path):

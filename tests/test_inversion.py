@@ -447,6 +447,25 @@ def test_films_generated_by_the_bundled_base_have_the_black_corners_of_films(bun
         assert (films[:, :24, :24].mean() < 0.06) == black
 
 
+def test_null_text_comes_nearer_with_each_inner_step_and_direct_is_there(bundled, cohort):
+    row = cohort.table.iloc[0]
+    film = uint8_to_unit(load_films([cohort.image_root / row["path"]], 256))
+    z0, cond = encode_films(bundled, film), embed_captions(bundled, [row["caption"]])
+
+    def rms(method, **dials):
+        how = {"num_steps": 5} | dials
+        found = invert(bundled, z0, ["a"], [row["caption"]], method, **how)
+        again = regenerate(bundled, found, cond, guidance_scale=7.5, guidance_from=start[method])
+        return float((again - z0).square().mean().sqrt())
+
+    start = {"ddim": "empty", "direct": "empty", "null_text": "tuned"}
+    errors = [rms("null_text", num_inner=count) for count in (0, 2, 10)]
+    assert errors[0] == pytest.approx(rms("ddim"), rel=1e-4)  # not tuned, it is DDIM
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.8 * errors[0]  # measured: .33, .30, .22
+    assert rms("direct", guidance_scale=7.5) < 1e-4  # 2e-5
+
+
 def test_the_bundled_base_inverts_edits_and_scores(bundled, cohort):
     chosen = cohort.table[cohort.table["Cardiomegaly"] == 1].head(6).reset_index(drop=True)
     films = uint8_to_unit(load_films([cohort.image_root / p for p in chosen["path"]], 256))

@@ -36,13 +36,13 @@ def test_a_job_that_raises_and_one_that_is_killed_are_told_apart(tmp_path, monke
 
 def _fail(number):
     if number:
-        raise RuntimeError(f"number {number}")
+        raise RuntimeError(f"number {number}\nand a second line" * (number < 2))
     return number
 
 
 def test_here_means_in_this_process(tmp_path):
-    died = run_jobs(_fail, [(0,), (1,)], tmp_path / "jobs", "here")
-    assert {number: str(error) for number, error in died.items()} == {1: "number 1"}
+    died = run_jobs(_fail, [(0,), (1,), (2,)], tmp_path / "jobs", "here")
+    assert died == {1: "number 1", 2: "RuntimeError"}
     assert not (tmp_path / "jobs").exists()
 
 

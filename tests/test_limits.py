@@ -14,6 +14,7 @@ from prism_nb.images import uint8_to_unit
 from prism_nb.inversion import load_inversion
 from prism_nb.judging import HEADS
 from prism_nb.params import validate
+from prism_nb.phantom.renderer import burnt_in_text
 
 SIZE = 64
 PLAIN = {"template": "plain", "negatives": False}
@@ -140,6 +141,8 @@ def test_devices_by_place_of_the_perfect_and_the_idle_editor(cohort, plan, factu
 
 def test_letters_are_where_no_intervention_reaches(cohort, plan, factual):
     letters = limits.text_masks(cohort, plan["film_id"])
+    first = phantom.patient_of(cohort.image_root, plan["film_id"][0])
+    assert np.array_equal(letters[0], burnt_in_text(first, SIZE) > 0)
     bare = rendered(cohort, plan, dict.fromkeys(phantom.DRAWN, 0))
     assert letters.any(axis=(1, 2)).all()
     assert letters[:, SIZE // 2 :].sum() == 0

@@ -132,6 +132,22 @@ def test_films_count_by_size_and_time_and_labels_by_content(folder, tmp_path, ma
     assert manifest._changed(before, inputs()) == "csv, films"
 
 
+def test_a_folder_of_dicom_is_its_own_films(folder, tmp_path, make_notebook):
+    film = write_text(tmp_path / "dicom" / "patient" / "IM0001", "a film without a suffix")
+    write_text(tmp_path / "beside" / "other.png", "of no concern")
+    notebook = make_notebook(tmp_path / "05_evaluate.ipynb", "seed: int = 0")
+    profile = {"run_dir": "x", "csv": str(tmp_path / "dicom")}
+
+    def inputs():
+        return Manifest(folder, "mine").fingerprint("05_evaluate", notebook, profile)["inputs"]
+
+    before = inputs()
+    write_text(tmp_path / "beside" / "another.png", "of no concern")
+    assert inputs() == before
+    os.utime(film, (1, 1))
+    assert manifest._changed(before, inputs()) == "films"
+
+
 def test_modules_are_followed_through_each_other(tmp_path, monkeypatch):
     files = {
         "a": "from prism_nb.b import f",
@@ -195,7 +211,10 @@ def test_what_a_killed_process_left_behind_is_removed(tmp_path):
     assert [p.name for p in sorted(tmp_path.rglob("*"))] == ["model", "keep.txt"]
 
 
-@pytest.mark.parametrize("name", ["training/arms/x", "baseline/card.json", "studio/001_a.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["training/arms/x", "baseline/card.json", "studio/001_a.json", "counterfactuals/plan.parquet"],
+)
 def test_what_papermill_and_the_studio_left_is_no_stranger(tmp_path, name):
     write_text(tmp_path / "run" / name, "x")
     Manifest(tmp_path / "run", "smoke")

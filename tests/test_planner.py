@@ -1,5 +1,7 @@
 """The planner: its bytes and calls are those that the real thing takes; advice makes it fit."""
 
+import gzip
+
 import pandas as pd
 import pytest
 import torch
@@ -132,7 +134,29 @@ def test_films_are_counted_where_they_are(small, tiny_run, tmp_path):
     (tmp_path / "films.csv").write_text("path\n" + "a.png\n" * 30)
     csv = small | {"csv": str(tmp_path / "films.csv"), "max_films": 25}
     assert Plan(csv).num_films == 25
+    words = "path,report\n" + 'a.png,"two\nlines"\n' * 30  # a row may be several lines
+    (tmp_path / "reports.csv").write_text(words)
+    (tmp_path / "packed.csv.gz").write_bytes(gzip.compress(words.encode()))
+    for name in ("reports.csv", "packed.csv.gz"):
+        assert Plan(small | {"csv": str(tmp_path / name)}).num_films == 30
+    (tmp_path / "dicom").mkdir()
+    for number in range(5):
+        (tmp_path / "dicom" / f"{number}.dcm").touch()
+    assert Plan(small | {"csv": str(tmp_path / "dicom")}).num_films == 5
     with pytest.raises(ValueError, match="give --films"):
         Plan(small | {"csv": str(tmp_path / "none.csv")})
     with pytest.raises(ValueError, match="train_batch_size is 8 for 3 GPUs: give a multiple of 3"):
         Plan(small, gpus=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"gpus": -1}, "gpus is -1; give 0 or more"),
+        ({"tflops": 0}, "tflops is 0; give more than 0"),
+        ({"num_films": -5}, "films is -5; give 0 or more"),
+    ],
+)
+def test_numbers_that_no_machine_has_are_one_line(small, given, words):
+    with pytest.raises(ValueError, match=words):
+        Plan(small, **given)

@@ -1,6 +1,8 @@
 """Counterfactuals of a cohort: every id once, whatever the shards, also when one is killed."""
 
+import errno
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -15,12 +17,12 @@ import torch
 from PIL import Image
 
 from prism_nb.cohort import read_cohort
-from prism_nb.edits import load_edit_films
+from prism_nb.edits import load_edit_films, save_edits
 from prism_nb.files import locked, write_json
 from prism_nb.findings import slug
 from prism_nb.images import load_films
 from prism_nb.jobs import JobsDied
-from prism_nb.shards import edit_cohort, plan_batches, read_request
+from prism_nb.shards import edit_cohort, make_shard, plan_batches, read_request
 
 EDITS = ["remove Support Devices", "add Support Devices", "remove Pleural Effusion"]
 OWN = {"edits": EDITS, "num_ddim_steps": 2, "edit_batch_size": 2}
@@ -85,6 +87,9 @@ def test_a_batch_depends_on_the_order_of_hashes_alone(run):
 
 
 def test_what_is_finished_is_kept_and_more_films_continue(run, tmp_path, monkeypatch):
+    own = tmp_path / "jobs" / "mine.txt"  # a folder of one's own, with another thing in it
+    own.parent.mkdir()
+    own.touch()
     few = edit_cohort(run, tmp_path, max_films=4, **SETTINGS)
     assert few["film_id"].nunique() == 4
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
@@ -93,6 +98,75 @@ def test_what_is_finished_is_kept_and_more_films_continue(run, tmp_path, monkeyp
     assert set(few["id"]) < set(more["id"])
     monkeypatch.setattr("prism_nb.shards.load_tools", lambda *_: pytest.fail("nothing is missing"))
     assert edit_cohort(run, tmp_path, max_films=6, **SETTINGS).equals(more)
+    assert own.exists()
+
+
+def test_a_run_folder_that_was_moved_keeps_what_is_finished(run, tmp_path, monkeypatch):
+    first = shutil.copytree(run, tmp_path / "first")
+    made = edit_cohort(first, max_films=2, **SETTINGS)
+    moved = shutil.move(first, tmp_path / "moved")
+    monkeypatch.setattr("prism_nb.shards.load_tools", lambda *_: pytest.fail("nothing is missing"))
+    assert edit_cohort(moved, max_films=2, **SETTINGS).equals(made)
+
+
+def test_a_full_disk_leaves_whole_batches_and_the_same_call_goes_on(run, tmp_path, monkeypatch):
+    written = []
+
+    def fill(folder, *given):
+        made = save_edits(folder, *given)
+        written.append(folder)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return made
+
+    monkeypatch.setattr("prism_nb.shards.save_edits", fill)
+    with pytest.raises(OSError, match="No space left"):
+        edit_cohort(run, tmp_path, max_films=4, **SETTINGS)
+    assert len(list((tmp_path / "parts").iterdir())) == 1
+    assert not (tmp_path / "edits.parquet").exists()
+    made = edit_cohort(run, tmp_path, max_films=4, **SETTINGS)
+    assert len(written) == 3  # the first was kept
+    assert made["id"].is_unique
+
+
+def test_shards_that_outlived_their_command_keep_the_folder(run, tmp_path):
+    kept = tmp_path / ".partial-of-a-shard"
+    kept.mkdir()
+    with (
+        locked(tmp_path / ".lock-1"),
+        pytest.raises(ValueError, match="in use: shards of an edit-cohort that ended still run"),
+    ):
+        edit_cohort(run, tmp_path, max_films=2, **SETTINGS)
+    assert kept.exists()
+    edit_cohort(run, tmp_path, max_films=2, **SETTINGS)
+    assert not kept.exists()
+    with (
+        locked(tmp_path / ".lock-0"),
+        pytest.raises(RuntimeError, match="another process makes shard 1"),
+    ):
+        make_shard(run, tmp_path)
+
+
+def test_films_of_16_bits_and_dicom_on_request(run, whole, tmp_path):
+    out, expected = whole
+    made = edit_cohort(run, tmp_path / "fine", max_films=2, format="png16", **SETTINGS)
+    with Image.open(tmp_path / "fine" / made["path"][0]) as png:
+        assert png.mode == "I;16"
+        assert "SYNTHETIC" in png.text["Description"]
+    plain = expected.set_index("id").loc[made["id"]]
+    films, eight = load_edit_films(tmp_path / "fine", made), load_edit_films(out, plain)
+    assert abs(films.astype(int) - eight).max() <= 1
+    pydicom = pytest.importorskip("pydicom")
+    made = edit_cohort(run, tmp_path / "dicom", max_films=2, format="dicom", **SETTINGS)
+    for row, film in zip(made.itertuples(), load_edit_films(tmp_path / "dicom", made), strict=True):
+        read = pydicom.dcmread((tmp_path / "dicom" / row.path).with_suffix(".dcm"))
+        assert (read.pixel_array == film).all()
+        assert "SYNTHETIC" in read.SeriesDescription
+        how = json.loads(read.ImageComments)
+        assert (how["edit"], how["seed"]) == (row.edit, row.seed)
+        assert {"model_key", "target", "versions"} <= set(how)
+        assert row.film_id not in str(read)
+        assert row.patient_id not in str(read)
 
 
 def _kill_one(parts):
@@ -133,7 +207,7 @@ def test_when_one_of_two_shards_is_killed_the_same_call_makes_what_is_missing(
     assert {path: path.stat().st_mtime_ns for path in done} == done
     for name in [*made["path"], *made["mask_path"]]:
         assert (tmp_path / name).read_bytes() == (out / name).read_bytes(), name
-    assert not (tmp_path / "jobs").exists()
+    assert not (tmp_path / ".jobs").exists()
 
 
 def test_a_batch_that_fails_is_named_and_does_not_stop_the_others(run, tmp_path):
@@ -172,6 +246,7 @@ def test_the_runs_own_settings_hold_where_none_are_given(run, tmp_path):
         ({"edits": ["remove Devices"]}, "edits"),
         ({"num_ddim_steps": 0}, "num_ddim_steps = 0: allowed is from 1"),
         ({"executor": "ray"}, "it must be local or slurm"),
+        ({"format": "jpeg"}, "it must be one of png, png16, dicom"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(run, tmp_path, given, words):

@@ -64,6 +64,33 @@ def test_a_linked_run_can_change_without_the_other(road):
     assert read_json(second / "model" / "weight.json") == 3
 
 
+def test_a_run_that_another_command_began_meanwhile_is_not_replaced(road, monkeypatch):
+    notebooks = road.parent / "notebooks"
+    first, second = road.parent / "runs" / "mine", road.parent / "runs" / "other"
+    run_one(road, (), notebooks, STEPS, first)
+    copytree = module.shutil.copytree
+
+    def slow(*given, **options):
+        copytree(*given, **options)
+        write_text(second / "begun.txt", "by another sweep")
+
+    monkeypatch.setattr(module.shutil, "copytree", slow)
+    monkeypatch.setattr(module, "run_job", lambda *_, **__: None)
+    run_one(road, (f"run_dir={second}",), notebooks, STEPS, first)
+    assert [path.name for path in second.glob("[!r]*")] == ["begun.txt"]
+    assert not list(second.parent.glob(".partial-*"))
+
+
+def test_each_sweep_has_jobs_of_its_own(road, monkeypatch):
+    folders = []
+    monkeypatch.setattr(
+        module, "run_jobs", lambda _, __, folder, *___: folders.append(folder) or {}
+    )
+    for _ in range(2):
+        go(road, "num_ddim_steps=3,4")
+    assert len({folder.name for folder in folders if folder}) == 2
+
+
 def test_which_run_starts_from_which(road, monkeypatch):
     ran = []
     monkeypatch.setattr(module, "run_jobs", lambda call, calls, *_: ran.append(calls) or {})

@@ -5,12 +5,14 @@ import importlib.util
 import io
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
+from prism_nb.params import validate
 from prism_nb.vqa import (
     CONDITIONS,
     AnthropicBackend,
@@ -128,6 +130,12 @@ def test_the_order_is_blinded_balanced_and_of_the_seed(plan, films):
     asked = [films for films, _ in backend.asked]
     assert [len(films) for films in asked] == [2, 2, 0] * len(plan)
     np.testing.assert_array_equal(asked[0][0], asked[1][1])
+
+
+def test_the_default_model_is_one_that_the_sdk_knows():
+    known = pytest.importorskip("anthropic.types.model").Model
+    names = {name for each in get_args(known) for name in get_args(each)}
+    assert validate("A1_vqa", {}).anthropic_model in names
 
 
 def test_pairs_are_drawn_evenly(plan):

@@ -147,7 +147,7 @@ def _make_base(patient, size):
         noise=noise / np.float32(np.sqrt(PHOTONS) * 10 * g.pitch),
         table=table,
         frame=_collimation(exposure, g),
-        text=_text(patient, size),
+        text=burnt_in_text(patient, size),
     )
 
 
@@ -263,8 +263,11 @@ def _collimation(rng, g):
     return smooth(inside, 2 * g.pitch)
 
 
-def _text(patient, size):
-    """Burnt-in letters: the side, and on portable films how it was taken; tied to the view only."""
+def burnt_in_text(patient, size):
+    """Burnt-in letters: the side, and on portable films how it was taken; tied to the view only.
+
+    float32 (size, size) in [0, 1], 0 where there are none.
+    """
     rng, canvas = patient.draw("text"), Image.new("L", (size, size))
     pen, grey = ImageDraw.Draw(canvas), int(rng.integers(190, 256))
     large = ImageFont.load_default(size=max(9, round(size * rng.uniform(0.035, 0.06))))
