@@ -245,7 +245,6 @@ def _contact(results, path):
     names = [{NOTHING: "film", PERFECT: "truth"}.get(method, method) for method in methods]
     titles = [edit for edit in edits for _ in blank]
     axes = plot_grid(rows, names, [titles] + [[""] * len(titles)] * (len(rows) - 1))
-    axes[0, 0].figure.subplots_adjust(wspace=0.03, hspace=0.03)
     with atomic_path(path) as temporary:
         note = {"Description": "SYNTHETIC counterfactuals, made by prism_nb", "Software": None}
         axes[0, 0].figure.savefig(temporary, dpi=100, bbox_inches="tight", metadata=note)

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
@@ -29,7 +30,7 @@ from prism_nb.editing import PRESETS, edit
 from prism_nb.edits import filter_edits, given_dials, parse_edit, plan_edits, recipe, save_edits
 from prism_nb.files import atomic_folder, atomic_path, locked, read_json, sha256_file, write_json
 from prism_nb.findings import slug
-from prism_nb.images import load_films, uint8_to_unit, unit_to_uint8, unit_to_uint16
+from prism_nb.images import ImageError, load_films, uint8_to_unit, unit_to_uint8, unit_to_uint16
 from prism_nb.inversion import invert
 from prism_nb.jobs import JobsDied, check_executor, run_jobs
 from prism_nb.manifest import leftovers, reached_modules
@@ -39,6 +40,7 @@ from prism_nb.scoring import load_clip
 
 SPLITS = ("train", "val", "test", "all")
 FORMATS = ("png", "png16", "dicom")  # dicom: beside the PNGs, for the notebooks read those
+REJECTED = ["film_id", "reason"]
 PRIVATE = ["film_id", "patient_id", "split", "path", "mask_path"]  # what a film does not tell
 
 
@@ -59,7 +61,8 @@ def edit_cohort(
     later continue fewer now. settings: over the run's own, as notebooks 03 and 04 name them
     (edits, preset, num_ddim_steps, ...). options: submitit's, for slurm. format: one of FORMATS.
     Raises JobsDied where a shard died: the same call goes on. ValueError, one line, on what cannot
-    be done.
+    be done. A film that cannot be read is set aside in rejected.csv and tried again by the next
+    call.
     """
     run = Path(run).resolve()
     out = Path(out).resolve() if out else run / "counterfactuals"
@@ -79,6 +82,9 @@ def edit_cohort(
         (out / "edits.parquet").unlink(missing_ok=True)  # with it, the folder counts as finished
         write_json(out / "request.json", request)
         _write(plan, out / "plan.parquet")
+        for part in (out / "parts").glob("*"):  # what could not be read, perhaps now can be
+            if len(_rejected(part)):
+                shutil.rmtree(part)
         _make(run, out, plan, shards, executor, options)
         return merge(out, plan)
 
@@ -171,7 +177,7 @@ def make_shard(run, out, shard=0, num_shards=1, threads=0):
         for key in tqdm(missing, "batches", len(own), initial=len(own) - len(missing)):
             try:
                 make_batch(*tools, plan[plan["batch"] == key], out / "parts" / key)
-            except ValueError as error:  # a film that cannot be read, or edited
+            except ValueError as error:  # a film that cannot be edited
                 failed.append(error)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(own)} batches failed, the first: {failed[0]}")
@@ -188,11 +194,18 @@ def load_tools(run, request, shard=0):
 
 
 def make_batch(request, cohort, model, scorer, plan, folder):
-    """Invert a batch's films once, make all their edits, and write them as one folder."""
+    """Invert a batch's films once, make all their edits, and write them as one folder.
+
+    A film that cannot be read is set aside, with its reason, in rejected.csv.
+    """
     chosen = cohort.table.set_index("film_id", drop=False).loc[plan["film_id"].unique()]
-    paths = [cohort.image_root / path for path in chosen["path"]]
-    size, fit = cohort.settings["image_size"], cohort.settings["fit"]
-    films, ids = uint8_to_unit(load_films(paths, size, fit)), list(chosen["film_id"])
+    films, rejected = _read(cohort, chosen)
+    if not films:
+        with atomic_folder(folder) as partial:
+            rejected.to_csv(partial / "rejected.csv", index=False)
+        return
+    chosen, plan = (part[~part["film_id"].isin(rejected["film_id"])] for part in (chosen, plan))
+    films, ids = uint8_to_unit(np.concatenate(films)), list(chosen["film_id"])
     z0 = encode_films(model, films)
     found = invert(model, z0, ids, list(chosen["caption"]), **request["inversion"])
     row = plan["film_id"].map({film: number for number, film in enumerate(ids)})
@@ -206,9 +219,21 @@ def make_batch(request, cohort, model, scorer, plan, folder):
     if request["format"] == "png16":
         made = replace(made, films=unit_to_uint16(made.films))
     with atomic_folder(folder) as partial:
+        rejected.to_csv(partial / "rejected.csv", index=False)
         table = save_edits(partial, judged, made, chosen, {}, about)
         if request["format"] == "dicom":
             _save_dicom(partial, table, made.films, about)
+
+
+def _read(cohort, chosen):
+    """A list of the films that can be read, and film_id and reason of those that cannot."""
+    size, fit, films, rejected = cohort.settings["image_size"], cohort.settings["fit"], [], []
+    for film, path in zip(chosen["film_id"], chosen["path"], strict=True):
+        try:
+            films.append(load_films([cohort.image_root / path], size, fit))
+        except ImageError as error:
+            rejected.append((film, str(error)))
+    return films, pd.DataFrame(rejected, columns=REJECTED)
 
 
 def _save_dicom(folder, table, films, about):
@@ -219,19 +244,32 @@ def _save_dicom(folder, table, films, about):
 
 
 def merge(out, plan):
-    """Write edits.parquet, one row an id in the plan's order, from the parts; returns it."""
+    """Write edits.parquet, one row an id in the plan's order, from the parts; returns it.
+
+    Films that were set aside are in rejected.csv instead.
+    """
     parts = [out / "parts" / key for key in plan["batch"].unique()]
+    rejected = pd.concat([_rejected(part) for part in parts], ignore_index=True)
+    with atomic_path(out / "rejected.csv") as temporary:
+        rejected.to_csv(temporary, index=False)
+    parts = [part for part in parts if (part / "edits.parquet").exists()]
+    if not parts:
+        raise ValueError(f"no film could be read, see {out / 'rejected.csv'}: {rejected.reason[0]}")
     made = [pd.read_parquet(part / "edits.parquet") for part in parts]
     for part, frame in zip(parts, made, strict=True):
         for column in ("path", "mask_path"):
             frame[column] = f"parts/{part.name}/" + frame[column]
     made = pd.concat(made, ignore_index=True)
     ids = made["film_id"] + "/" + made["edit"].map(slug)
-    if ids.to_list() != plan["id"].to_list():
+    if ids.to_list() != plan.loc[~plan["film_id"].isin(rejected["film_id"]), "id"].to_list():
         raise ValueError(f"the parts in {out} are not those of its plan: delete {out / 'parts'}")
     made.insert(0, "id", ids)
     _write(made, out / "edits.parquet")
     return made
+
+
+def _rejected(part):
+    return pd.read_csv(part / "rejected.csv", dtype=str)
 
 
 def _make(run, out, plan, shards, executor, options):

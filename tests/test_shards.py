@@ -22,7 +22,7 @@ from prism_nb.files import locked, write_json
 from prism_nb.findings import slug
 from prism_nb.images import load_films
 from prism_nb.jobs import JobsDied
-from prism_nb.shards import edit_cohort, make_shard, plan_batches, read_request
+from prism_nb.shards import edit_cohort, make_batch, make_shard, plan_batches, read_request
 
 EDITS = ["remove Support Devices", "add Support Devices", "remove Pleural Effusion"]
 OWN = {"edits": EDITS, "num_ddim_steps": 2, "edit_batch_size": 2}
@@ -210,18 +210,41 @@ def test_when_one_of_two_shards_is_killed_the_same_call_makes_what_is_missing(
     assert not (tmp_path / ".jobs").exists()
 
 
-def test_a_batch_that_fails_is_named_and_does_not_stop_the_others(run, tmp_path):
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_films_that_cannot_be_read_are_set_aside_and_tried_again(run, tmp_path, batch_size):
+    how = SETTINGS | {"max_films": 6, "edit_batch_size": batch_size}
     plan = plan_batches(run, read_request(run, "all", OWN), max_films=6)
-    cohort = read_cohort(run)
-    lost = cohort.table.set_index("film_id").loc[plan["film_id"].iloc[0], "path"]
-    shutil.move(cohort.image_root / lost, tmp_path / "film")
+    cohort, film = read_cohort(run), plan["film_id"].iloc[0]
+    path = cohort.image_root / cohort.table.set_index("film_id").loc[film, "path"]
+    shutil.move(path, tmp_path / "film")
     try:
-        with pytest.raises(JobsDied, match=r"1 of 3 batches failed, the first: .*there is no such"):
-            edit_cohort(run, tmp_path / "out", max_films=6, **SETTINGS)
-        assert len(list((tmp_path / "out" / "parts").iterdir())) == 2
+        made = edit_cohort(run, tmp_path / "out", **how)
     finally:
-        shutil.move(tmp_path / "film", cohort.image_root / lost)
-    assert len(edit_cohort(run, tmp_path / "out", max_films=6, **SETTINGS)) == len(plan)
+        shutil.move(tmp_path / "film", path)
+    assert made["id"].to_list() == plan.loc[plan["film_id"] != film, "id"].to_list()
+    rejected = pd.read_csv(tmp_path / "out" / "rejected.csv")
+    assert rejected["film_id"].to_list() == [film]
+    assert "there is no such" in rejected["reason"][0]
+    again = edit_cohort(run, tmp_path / "out", **how)
+    assert again["id"].to_list() == plan["id"].to_list()
+    assert pd.read_csv(tmp_path / "out" / "rejected.csv").empty
+
+
+def test_a_batch_that_fails_is_named_and_does_not_stop_the_others(run, tmp_path, monkeypatch):
+    calls = []
+
+    def fail(*given):
+        calls.append(given[-1])
+        if len(calls) == 1:
+            raise ValueError("unlucky")
+        return make_batch(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prism_nb.shards.make_batch", fail)
+        with pytest.raises(JobsDied, match=r"1 of 3 batches failed, the first: unlucky"):
+            edit_cohort(run, tmp_path, max_films=6, **SETTINGS)
+    assert len(calls) == 3
+    assert edit_cohort(run, tmp_path, max_films=6, **SETTINGS)["id"].is_unique
 
 
 def test_the_runs_own_settings_hold_where_none_are_given(run, tmp_path):
