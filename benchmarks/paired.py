@@ -34,7 +34,7 @@ class Row:
     unit: str = ""  # what the seconds are of
     gate: list = field(default_factory=list)  # what was checked, in words, with the numbers
     timed: dict = field(default_factory=dict)  # seconds: peer, ours, and their ratios
-    memory: tuple = ()  # GiB that a call of ours, of the peer's, adds at most
+    memory: tuple = (math.nan, math.nan)  # GiB that a call of ours, of the peer's, adds at most
     share: float | None = None  # of the ceiling
     refused: str = ""
 
