@@ -60,7 +60,7 @@ def case(tmp_path_factory):
 def as_on_gpu(tmp_path):
     """What `--device cuda` does, on the CPU."""
     found = tiny_case(tmp_path, parts=PARTS)
-    found.gpu = True
+    found.gpu = found.brief = True
     return found
 
 
