@@ -40,11 +40,11 @@ WORKLOADS = {  # in the paper's order; of each, its rows one by one
 QUICK = ("W0", "W1", "W2", "W3", "W4", "W6", "W9", "W10")
 HEAD = "id | what | peer | target | peer / ours | processor time | gate | ours | of ceiling | GiB"
 WHY = {  # where a target is missed on a CPU: from profiles on one Xeon core with AMX
-    "W1": "of 2.4 ms for a small film Pillow's Lanczos takes 1.5, decoding .3, floats .15; "
-    "of 1.4 ms at 512 px decoding takes .7, floats .4; of 29 ms at full size half-scale decoding "
-    "takes 12, Lanczos 8, floats 5",
-    "W2": "of .21 ms the two copies out of the map take .11, finding the rows the rest; a file a "
-    "film takes 8",
+    "W1": "of 2.2 ms for a small film Pillow's Lanczos takes 1.4, decoding .3; at 512 px decoding "
+    "takes .6 of 1.3, floats and back .4; at full size half-scale decoding takes 11 of 25, Lanczos "
+    "7.5, floats and back 4",
+    "W2": "32 files take 8 ms, a gather of 2 MiB .2, of which copying takes .15, and twice that "
+    "where other work came between",
     "W3": "in batches of 16 the VAE takes 72 ms a film, alone 54, as activations leave the cache; "
     "in the channels-last layout it would take 56 and 38, in bf16 as well 28 and 18",
     "W4": "another process on one of the cores: oneDNN's bf16 convolution backward on two threads "
