@@ -56,13 +56,11 @@ class Latents:
 
     def spread(self, num_films=1024):
         """Standard deviation of the means of some films: near 1 where the VAE's scale is right."""
-        rows = np.linspace(0, len(self) - 1, min(num_films, len(self))).astype(int)
-        return float(self.gather(rows)[0].float().std())
+        return float(self.gather(_some(np.arange(len(self)), num_films))[0].float().std())
 
     def mean(self, rows, num_films=1024):
         """Mean film (C, h, w) of some rows, at most num_films of them: see generate_films."""
-        some = np.linspace(0, len(rows) - 1, min(num_films, len(rows))).astype(int)
-        return self.gather(np.asarray(rows)[some])[0].float().mean(0)
+        return self.gather(_some(rows, num_films))[0].float().mean(0)
 
     def rows(self, film_ids):
         """Row numbers of some films."""
@@ -142,6 +140,11 @@ def encode_cohort(
     if num_verified:
         verify(model, latents, paths, size, fit, folder, batch_size, num_verified)
     return latents
+
+
+def _some(rows, most):
+    """At most so many of the rows, evenly spread over them."""
+    return np.asarray(rows)[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
 
 
 def _plan(model, table, size, fit, dtype):

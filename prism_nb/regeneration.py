@@ -48,9 +48,7 @@ def ddim_sample(model, noise, cond, num_steps, guidance_scale=1.0, uncond=None):
     return z
 
 
-def generate_films(
-    model, captions, mean, num_steps=20, guidance_scale=2.0, seed=0, batch_size=16, progress=None
-):
+def generate_films(model, captions, mean, num_steps=20, guidance_scale=2.0, seed=0, batch_size=16):
     """Films (N, H, W) in [0, 1] from N captions and noise alone: text to image.
 
     mean (C, h, w): the mean film in latent space, see Latents.mean. At its noisiest step Stable
@@ -69,9 +67,7 @@ def generate_films(
         z0 = ddim_sample(
             model, start[part].to(model.device), cond, num_steps, guidance_scale, empty
         )
-        films.append(decode_latents(model, z0).cpu().numpy())
-        if progress:
-            progress(len(films[-1]))
+        films.append(decode_latents(model, z0).numpy())
     return np.concatenate(films)
 
 
