@@ -56,15 +56,18 @@ def load_film(
     """Read a film at the size the models work at.
 
     Returns uint8 (size, size). fit: squash (ignore the aspect ratio), crop (the central square)
-    or pad (whole film on black). Large JPEGs are decoded at a reduced scale, at least twice size.
+    or pad (whole film on black). Large JPEGs are decoded at a reduced scale, never below size.
     Raises ImageError as load_image does.
     """
     if fit not in FITS:
         raise ImageError(f"fit is {fit!r}; it must be one of {', '.join(FITS)}.")
     with _open(path, max_pixels) as image:
-        image.draft("L", (2 * size, 2 * size))  # JPEG only: the decoder halves 1 to 3 times
-        grey = Image.fromarray(unit_to_uint8(_grey(image, path)))
-    return np.array(_resize(grey, size, fit))
+        image.draft("L", (size, size))  # JPEG only: the decoder halves 1 to 3 times
+        if image.mode == "L" and "transparency" not in image.info:  # grey as it is
+            _load(image, path)
+        else:
+            image = Image.fromarray(unit_to_uint8(_grey(image, path)))
+        return np.array(_resize(image, size, fit))
 
 
 def load_films(
@@ -174,19 +177,21 @@ def _full_scale(maximum, info):
 
 
 def _resize(image, size, fit):
-    """Resize with area averaging, then Lanczos, as fit says; image is a Pillow image of mode L."""
+    """Resize as fit says: area averaging, then Lanczos; bilinear where films grow. Mode L."""
     width, height = image.size
     if fit == "crop":
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         image = image.crop((left, top, left + side, top + side))
+    grows = max(image.size) < size
+    how = Image.Resampling.BILINEAR if grows else Image.Resampling.LANCZOS
     if fit != "pad":
-        return image.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        return image.resize((size, size), how, reducing_gap=3.0)
     scale = size / max(width, height)
     inner = max(1, round(width * scale)), max(1, round(height * scale))
     canvas = Image.new("L", (size, size), 0)
     corner = (size - inner[0]) // 2, (size - inner[1]) // 2
-    canvas.paste(image.resize(inner, Image.Resampling.LANCZOS, reducing_gap=3.0), corner)
+    canvas.paste(image.resize(inner, how, reducing_gap=3.0), corner)
     return canvas
 
 

@@ -20,12 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from prism_nb.diffusion import embed_captions, posterior, weights_hash
+from prism_nb.diffusion import VAE_BATCH, embed_captions, posterior, weights_hash
 from prism_nb.files import atomic_path, read_json, write_json
 from prism_nb.images import ImageError, load_films, uint8_to_unit
 
 SHARD = 1024  # films a file: what a killed encoding loses at most
-PREPROCESSING = 1  # raise it when images.load_films gives other pixels for the same file
+PREPROCESSING = 2  # raise it when images.load_films gives other pixels for the same file
 # Error of a stored row, relative to a fresh one: beyond rounding, below any change that matters.
 TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.05}  # by what the VAE computes in
 
@@ -104,7 +104,7 @@ def encode_cohort(
     size,
     fit,
     folder,
-    batch_size=16,
+    batch_size=VAE_BATCH,
     progress=None,
     dtype=torch.float16,
     num_verified=64,
@@ -194,7 +194,7 @@ def _encode(model, paths, size, fit, batch_size, dtype, progress):
     return torch.cat(means).contiguous(), torch.cat(stds).contiguous()
 
 
-def verify(model, latents, paths, size, fit, folder, batch_size=16, num_rows=64):
+def verify(model, latents, paths, size, fit, folder, batch_size=VAE_BATCH, num_rows=64):
     """Compare rows taken at random with a fresh encode; raises LatentError where they differ."""
     rng = np.random.default_rng(int(latents.key[:16], 16))
     rows = rng.permutation(len(latents))[:num_rows]
