@@ -33,10 +33,18 @@ def counterfactual_labels(labels, finding, present):
     """Labels of edited films: one finding changed, the others kept, No Finding recomputed.
 
     labels: DataFrame of the factuals' 14 findings; finding, present: one for all, or one a row.
+    AugmentError for an edit that the film does not need: its labels are then not the film's.
     """
     findings = [finding] * len(labels) if isinstance(finding, str) else list(finding)
     values = [present] * len(labels) if np.ndim(present) == 0 else list(present)
     rows = [row for _, row in labels[list(FINDINGS)].iterrows()]
+    for row, name, value in zip(rows, findings, values, strict=True):
+        if row[name] == value:
+            done = ("add", "with") if value else ("remove", "without")
+            raise AugmentError(
+                f"an edit is to {done[0]} {name} of a film {done[1]} it: the edits are of another "
+                "cohort, run 03_invert and 04_edit again."
+            )
     edits = zip(rows, findings, values, strict=True)
     edited = [edit_labels(row, name, bool(value)) for row, name, value in edits]
     return pd.DataFrame(edited, index=labels.index, columns=list(FINDINGS), dtype=np.float32)

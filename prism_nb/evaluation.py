@@ -65,13 +65,9 @@ def collect(cohort, edits, folder, split="test"):
     plan = edits[edits["method"] == OWN].reset_index(drop=True)
     if plan.empty:
         raise ValueError(f"no edit of a {split} film: raise num_{split}_films in 03_invert")
-    where = cohort.table.set_index("film_id")["path"]
-    if missing := sorted(set(plan["film_id"]) - set(where.index)):
-        raise ValueError(
-            f"{len(missing)} films were edited that the cohort does not have (the first is "
-            f"{missing[0]}): the edits are of another cohort, run 03_invert and 04_edit again"
-        )
-    paths = [cohort.image_root / where[film] for film in plan["film_id"]]
+    table = cohort.table.set_index("film_id")
+    _check_plan(table, plan)
+    paths = [cohort.image_root / path for path in table.loc[plan["film_id"], "path"]]
     factual = load_films(paths, cohort.settings["image_size"], cohort.settings["fit"])
     truth, mask = truths(cohort, plan)
     cases = Cases(plan, factual, truth, mask, [], {}, {})
@@ -87,6 +83,30 @@ def collect(cohort, edits, folder, split="test"):
         perfect = np.where(mask, unit_to_uint8(np.nan_to_num(truth)), factual)
         cases.add(PERFECT, perfect, cases.known)
     return cases
+
+
+def _check_plan(table, plan):
+    """Refuse edits of films that the cohort lacks, or has in another split or with another label.
+
+    Phantom cohorts number their films alike, and a judge has seen what was not in the test split.
+    """
+    again = "the edits are of another cohort, run 03_invert and 04_edit again"
+    if missing := sorted(set(plan["film_id"]) - set(table.index)):
+        raise ValueError(
+            f"{len(missing)} films were edited that the cohort does not have (the first is "
+            f"{missing[0]}): {again}"
+        )
+    odd = [
+        row.film_id
+        for row in plan.itertuples()
+        if table.at[row.film_id, "split"] != row.split
+        or table.at[row.film_id, row.finding] != 1 - row.present
+    ]
+    if odd:
+        raise ValueError(
+            f"{len(odd)} edits are of films that the cohort has in another split or with another "
+            f"label (the first is {odd[0]}): {again}"
+        )
 
 
 def _films_of(rows, plan, folder, factual):

@@ -44,13 +44,25 @@ def table2(measured, num_bootstrap=1000, seed=0):
     return both.astype({"n": "Int64", "patients": "Int64"})
 
 
+def means(tidy, method):
+    """Of table2, one method's mean of each metric and edit: {metric: {edit: mean}}."""
+    own = tidy[tidy["method"] == method].groupby("metric")
+    return {name: dict(zip(part["edit"], part["mean"], strict=True)) for name, part in own}
+
+
 def laid_out(tidy, names, digits=3):
-    """Some metrics of table2 as text, "mean (low to high)": rows edit and method, with n."""
-    part = tidy[tidy["metric"].isin(names)].copy()
-    part["text"] = [_interval(row, digits) for row in part.itertuples()]
-    wide = part.pivot(index=["edit", "method"], columns="metric", values="text")
+    """Some metrics of table2 as text, "mean (low to high)": rows edit and method, with n.
+
+    A metric that fewer edits have, such as flip, has its own n behind it.
+    """
+    part, row = tidy[tidy["metric"].isin(names)].copy(), ["edit", "method"]
+    fewer = (part["n"] < part.groupby(row)["n"].transform("max")).fillna(False)
+    texts = pd.Series([_interval(each, digits) for each in part.itertuples()], part.index)
+    part["text"] = np.where(fewer, texts + ", n = " + part["n"].astype(str), texts)
+    wide = part.pivot(index=row, columns="metric", values="text")
     wide = wide.reindex(columns=[name for name in names if name in wide])
-    wide.insert(0, "n", part.groupby(["edit", "method"])["n"].max())
+    most = part.groupby(row)["n"].max()
+    wide.insert(0, "n", most.astype(object).where(most.notna(), "").astype(str))
     methods = sorted(dict.fromkeys(part["method"]), key=lambda m: m in LAST and LAST.index(m) + 1)
     places = pd.MultiIndex.from_product([part["edit"].unique(), methods], names=wide.index.names)
     return wide.reindex(places[places.isin(wide.index)]).fillna(dict.fromkeys(names, ""))

@@ -62,6 +62,12 @@ def resolve_labels(
     return pd.DataFrame(resolved.astype(np.float32), index=labels.index, columns=labels.columns)
 
 
+def known_labels(table: pd.DataFrame, heads: Iterable) -> np.ndarray:
+    """Labels (N, K) of some findings as a classifier takes them: 1, 0, or NaN where uncertain."""
+    labels = table[list(heads)].to_numpy(dtype=np.float32, na_value=np.nan)
+    return np.where(labels == UNCERTAIN, np.float32(np.nan), labels)
+
+
 def _check_policy(name, value, allowed):
     if value not in allowed:
         raise LabelError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")

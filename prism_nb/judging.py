@@ -27,7 +27,7 @@ from prism_nb.classifiers import (
 )
 from prism_nb.cohort import load_cohort
 from prism_nb.files import read_json
-from prism_nb.findings import PAPER_HEADS
+from prism_nb.findings import PAPER_HEADS, known_labels
 from prism_nb.ganterfactual import BUNDLED, build_gan, fit_gan, load_gan, resize, save_gan
 from prism_nb.images import load_films
 from prism_nb.networks import CARD_FILE
@@ -44,7 +44,7 @@ def judge_labels(table):
     """Labels (N, 6) of HEADS from a cohort's table; who it is, where sex and age are known."""
     sex = table["Sex"].map({"Male": 1.0, "Female": 0.0})
     old = (table["Age"] > 60).astype(float).where(table["Age"].notna())
-    findings = table[list(PAPER_HEADS)].to_numpy(np.float32)
+    findings = known_labels(table, PAPER_HEADS)
     return np.column_stack([findings, sex, old]).astype(np.float32)
 
 
@@ -63,20 +63,21 @@ def make_judge(cohort, films, params, folder, device="cpu"):
     ClassifierError for an architecture that is the classifier's too, and for a folder's judge
     that may not judge the test films.
     """
+    judge, card, epochs = None, {"architecture": params.judge}, []
     if (found := Path(params.judge)).is_dir():
         judge, card = load_classifier(found)
-        epochs, judge = [], judge.to(device)
-    elif params.judge == params.classifier:
+    if card["architecture"] == params.classifier:
         raise ClassifierError(
-            f"judge and classifier are both {params.judge}; a judge must be another architecture."
+            f"judge and classifier are both {params.classifier}; a judge must be another "
+            "architecture."
         )
-    else:
+    if judge is None:
         judge, card, epochs = _train(cohort, films, params, Path(folder), device)
     table = cohort.table
     check_judge(card, keys_of(cohort, table.loc[table["split"] == "test", "film_id"]))
     if missing := [head for head in HEADS if head not in card["heads"]]:
         raise ClassifierError(f"the judge in {found} has no head {missing[0]}: train one here.")
-    return judge, card, epochs
+    return judge.to(device), card, epochs
 
 
 def asker(judge, card):
@@ -134,9 +135,9 @@ def make_baseline(cohort, films, params, folder, device="cpu"):
     if params.baseline != "train":
         gan, card = load_gan(BUNDLED if params.baseline == "bundled" else params.baseline)
         return gan.to(device), card["finding"]
-    shown, seed, steps = cohort.table[DEVICES].to_numpy(), params.seed, params.baseline_steps
+    shown, seed, steps = known_labels(cohort.table, [DEVICES]), params.seed, params.baseline_steps
     small, split = resize(films, params.baseline_size), cohort.table["split"].to_numpy()
-    train, val = ((small[split == x], shown[split == x, None]) for x in ("train", "val"))
+    train, val = ((small[split == x], shown[split == x]) for x in ("train", "val"))
     guide = build_classifier("alexnet", 1, seed=seed)
     settings = {"learning_rate": 3e-4, "num_steps": -(-steps // 4), "seed": seed, "device": device}
     list(fit(guide, *train, *val, **settings))

@@ -60,10 +60,18 @@ def correct_predictions(labels, probabilities, threshold=0.5):
     labels, probabilities = np.asarray(labels, dtype=float), np.asarray(probabilities)
     if labels.shape != probabilities.shape:
         raise AugmentError(f"labels {labels.shape} and probabilities {probabilities.shape} differ.")
+    if not np.isfinite(probabilities).all():  # NaN would count as "absent"
+        raise AugmentError("probabilities are not finite: lower classifier_learning_rate.")
     if not (np.isin(labels, (0, 1)) | np.isnan(labels)).all():
         raise AugmentError("labels must be 1, 0 or NaN; resolve uncertain ones when captioning.")
     right = (probabilities >= threshold) == (labels == 1)
     return np.where(np.isnan(labels), np.nan, right.astype(float))
+
+
+def group_sizes(labels, columns):
+    """How many films (N, K) each of the four groups of group_of holds; those of none count not."""
+    groups = group_of(labels, columns)
+    return np.bincount(groups[groups >= 0], minlength=4)
 
 
 def head_accuracies(outcomes, test, heads, name="i.i.d."):
@@ -247,7 +255,8 @@ def compare(outcomes, tests, columns, arm, baseline="plain", num_bootstrap=1000,
         mean, low, high = worst_difference(*right, cells, who, num_bootstrap, seed)
         by_seed = [_worst(each, cells, who)()[0] for each in right]
         voted = [correct_predictions(truth, q.mean(axis=0))[cells >= 0] for q in said]
-        row = {"arm": arm, "baseline": baseline, "measure": measure, "films": (cells >= 0).sum()}
+        row = {"arm": arm, "baseline": baseline, "measure": measure}
+        row |= {"films": ((cells >= 0) & ~np.isnan(truth)).sum()}
         row |= {"accuracy": by_seed[0].mean(), "baseline_accuracy": by_seed[1].mean()}
         row |= {"mean": mean, "low": low, "high": high}
         row |= {"seed_low": min(by_seed[0] - by_seed[1]), "seed_high": max(by_seed[0] - by_seed[1])}
@@ -263,10 +272,11 @@ def _by_seed(outcomes, arm, test):
     return np.stack([o.probabilities[test] for o in own])
 
 
-def finding_sentence(difference, arm, baseline, where, num_films):
+def finding_sentence(difference, arm, baseline, where, num_films, seeds=(0.0, 0.0)):
     """Say in one sentence what a paired difference shows, whichever way it came out.
 
-    difference: (mean, low, high), arm minus baseline; where: what was tested ("the worst group").
+    difference: (mean, low, high), arm minus baseline; where: what was tested ("the worst group");
+    seeds: (low, high) over trainings, which the interval, over patients, knows nothing of.
     """
     mean, low, high = (100 * value for value in difference)
     arm, baseline = arm.replace("_", " "), baseline.replace("_", " ")
@@ -278,12 +288,14 @@ def finding_sentence(difference, arm, baseline, where, num_films):
             f"Training on {arm} {change} (n = {num_films}), but too few patients were tested "
             "for an interval."
         )
-    facts = f"(95 % interval {low:+.1f} to {high:+.1f}, n = {num_films})"
-    if low > 0:
-        verdict = "a gain that the interval confirms"
-    elif high < 0:
-        verdict = "a loss that the interval confirms"
-    else:
+    least, most = (100 * value for value in seeds)
+    by_training = f"; by training {least:+.1f} to {most:+.1f}" if least < most else ""
+    facts = f"(95 % interval {low:+.1f} to {high:+.1f}, n = {num_films}{by_training})"
+    kind, agree = "gain" if low > 0 else "loss", least == most or least > 0 or most < 0
+    verdict = f"a {kind} that the interval confirms"
+    if not agree:
+        verdict = f"a {kind} on these films, but not in every training"
+    if low <= 0 <= high:
         verdict = "the interval includes 0, so this run shows neither gain nor loss"
     return f"Training on {arm} {change} {facts}: {verdict}."
 

@@ -25,9 +25,12 @@ def test_counterfactual_labels_change_one_finding_and_recompute_no_finding():
     assert edited["No Finding"].tolist() == [1, 0, 0]
     others = [name for name in FINDINGS if name not in ("Pleural Effusion", "No Finding")]
     assert edited[others].equals(factual[others].astype(np.float32))
-    devices = a.counterfactual_labels(factual, ["Support Devices"] * 3, False)
+    devices = a.counterfactual_labels(factual, ["Support Devices"] * 3, [False, True, True])
     assert devices["No Finding"].tolist() == [0, 0, 1]
     assert a.counterfactual_labels(factual[:0], "Edema", True).shape == (0, 14)
+    with pytest.raises(AugmentError, match="remove Pleural Effusion of a film without it") as error:
+        a.counterfactual_labels(factual, "Pleural Effusion", False)
+    assert "another cohort" in str(error.value)
 
 
 def test_edits_of_test_patients_are_refused():

@@ -157,8 +157,12 @@ def test_edits_of_another_cohort_or_size_are_refused_in_one_line(cohort, tmp_pat
     table = write(cohort, tmp_path, nothing_of)
     other = replace(cohort, table=cohort.table.assign(film_id="x" + cohort.table["film_id"]))
     larger = replace(cohort, settings=cohort.settings | {"image_size": 96})
+    relabelled = cohort.table.assign(**{"Support Devices": 0.0, "Pleural Effusion": 1.0})
+    resplit = cohort.table.assign(split="train")  # the judge may have learned from these films
     for wrong, words in (
         (other, "the edits are of another cohort"),
+        (replace(cohort, table=relabelled), "the edits are of another cohort"),
+        (replace(cohort, table=resplit), "the edits are of another cohort"),
         (larger, "make the edits anew"),
     ):
         with pytest.raises(ValueError, match=words) as error:
@@ -189,10 +193,27 @@ def test_table_2_has_every_row_and_the_papers_numbers(both):
     assert sorted(paper["mean"]) == [0.031, 0.091, 0.781, 0.845]
     shown = evidence.laid_out(tidy, ["l1", "cpg", "cpg_absolute"])
     assert list(shown.columns) == ["n", "l1", "cpg", "cpg_absolute"]
+    assert shown["n"].map(type).eq(str).all()
     rows = shown.loc["remove Support Devices"]
+    assert rows.loc[evidence.PAPER.index[0], "n"] == ""
     assert list(rows.index[-3:]) == [PERFECT, *evidence.PAPER.index]
     assert rows.loc[evidence.PAPER.index[1], "l1"] == "0.031"
     assert " to " in rows.loc[OWN, "l1"]
+
+
+def test_a_metric_of_fewer_films_says_how_many():
+    about = {"edit": "add Edema", "method": OWN, "mean": 0.5, "low": 0.4, "high": 0.6}
+    tidy = pd.DataFrame([about | {"metric": "l1", "n": 9}, about | {"metric": "flip", "n": 2}])
+    shown = evidence.laid_out(tidy.astype({"n": "Int64"}), ["flip", "l1"], 1).iloc[0]
+    assert shown.tolist() == ["9", "0.5 (0.4 to 0.6), n = 2", "0.5 (0.4 to 0.6)"]
+
+
+def test_means_keep_every_edit_of_a_method(both):
+    means = evidence.means(evidence.table2(both[1], num_bootstrap=0), OWN)
+    assert set(means["l1"]) == {"remove Support Devices", "add Pleural Effusion"}
+    own = both[1][both[1]["method"] == OWN]
+    assert means["l1"] == pytest.approx(own.groupby("edit")["l1"].mean().to_dict())
+    assert evidence.means(evidence.table2(both[1], num_bootstrap=0), "no such method") == {}
 
 
 def test_leakage_is_the_mean_change_of_each_head(both):

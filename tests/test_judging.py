@@ -45,6 +45,8 @@ def test_labels_are_the_papers_heads_and_who_it_is(cohort):
     labels = j.judge_labels(table)
     assert labels.shape == (20, len(j.HEADS))
     assert np.array_equal(labels[:, :4], table[list(PAPER_HEADS)].to_numpy(np.float32))
+    table.loc[0, "Cardiomegaly"] = -1.0  # uncertain: "mention" keeps it
+    assert np.isnan(j.judge_labels(table)[0, 1])
     assert np.array_equal(labels[:3, 4], [1, 0, np.nan], equal_nan=True)
     assert np.array_equal(labels[:3, 5], [1, np.nan, 0], equal_nan=True)
 
@@ -89,6 +91,10 @@ def test_no_judge_is_the_classifier_or_lacks_a_head(cohort, films, tmp_path):
     save_classifier(tmp_path, four, PAPER_HEADS, {"role": "judge", "trained_on": []})
     with pytest.raises(ClassifierError, match="has no head male"):
         make(cohort, films, tmp_path, judge=str(tmp_path))
+    make(cohort, films, tmp_path / "own")
+    saved = str(tmp_path / "own" / "judge")
+    with pytest.raises(ClassifierError, match="must be another architecture"):
+        make(cohort, films, tmp_path, judge=saved, classifier="test_resnet")
     with pytest.raises(ClassifierError, match="the nearest is 'test_resnet'"):
         make(cohort, films, tmp_path, judge="test_resne")
 

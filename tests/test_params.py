@@ -142,3 +142,10 @@ def test_the_notebooks_declare_these_parameters_with_these_defaults(root):
                 f"{path.name}: {name} = {shown['default']}, the model has {row['default']!r}"
             )
             assert shown["help"], f"{path.name}: {name} has no remark"
+
+
+@pytest.mark.parametrize("name", ["chexpert", "phantom", "real", "study"])
+def test_no_profile_compares_with_a_gan_of_the_smoke_run(root, name):
+    given = for_notebook(load_profile(root / "params" / f"{name}.yaml"), "05_evaluate")
+    settings, smoke = validate("05_evaluate", given), validate("05_evaluate", {})
+    assert settings.baseline == "bundled" or settings.baseline_steps >= 50 * smoke.baseline_steps

@@ -19,6 +19,8 @@ def test_correct_predictions():
         a.correct_predictions([-1], [0.5])
     with pytest.raises(AugmentError, match="differ"):
         a.correct_predictions([1, 0], [0.5])
+    with pytest.raises(AugmentError, match="not finite"):
+        a.correct_predictions([1, 0], [0.5, np.nan])
 
 
 def cells():
@@ -46,6 +48,10 @@ def test_group_cells_are_counted_and_scored():
     assert scores["low"].isna().all()
     by_patient = a.group_scores(*cells(), HEADS, patients=list("abcdefg"), num_bootstrap=50)
     assert by_patient.loc[0, "low"] < 2 / 3 < by_patient.loc[0, "high"]
+
+
+def test_films_of_no_group_are_in_no_size():
+    assert a.group_sizes(cells()[0], COLUMNS).tolist() == [3, 0, 1, 2]
 
 
 def test_a_target_must_be_a_head():
@@ -124,6 +130,19 @@ def test_sentence_is_honest_both_ways(difference, words):
     assert text.count("\n") == 0
 
 
+@pytest.mark.parametrize(
+    ("seeds", "words"),
+    [
+        ((0.02, 0.3), ", n = 60; by training +2.0 to +30.0): a gain that the interval confirms."),
+        ((-0.02, 0.3), "-2.0 to +30.0): a gain on these films, but not in every training."),
+        ((0.12, 0.12), "n = 60): a gain that the interval confirms."),
+    ],
+)
+def test_a_sentence_says_whether_the_trainings_agree(seeds, words):
+    said = a.finding_sentence((0.12, 0.04, 0.2), "duplicates", "plain", "all films", 60, seeds)
+    assert said.endswith(words)
+
+
 def test_paired_effects_by_hand():
     ignores = [0.1, 0.1, 0.9, 0.9]  # films: neither, device, effusion, both
     leans = [0.1, 0.9, 0.1, 0.9]
@@ -184,6 +203,9 @@ def test_two_arms_compared(tests):
     assert rows.loc["conflict", ["films", "only_a", "only_b"]].tolist() == [6, 6, 0]
     assert rows.loc["i.i.d.", ["mean", "seed_low", "seed_high", "p_value"]].tolist() == [0, 0, 0, 1]
     assert rows.loc["worst group", ["accuracy", "baseline_accuracy"]].tolist() == [1, 0]
+    tests["i.i.d."].labels[0, EFFUSION] = np.nan
+    rows = a.compare(outcomes(), tests, COLUMNS, "counterfactuals", num_bootstrap=30)
+    assert rows["films"].tolist() == [12, 6, 1]  # those of which something is known
     with pytest.raises(AugmentError, match="no outcome of the arm group_dro"):
         a.compare(outcomes(), tests, COLUMNS, "group_dro")
 
