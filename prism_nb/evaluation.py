@@ -152,8 +152,10 @@ def measure(cases, ask):
         frame = _measure(cases, films, asked[name], asked)
         if cases.factual.shape[1] > SMALL:
             frame = frame.assign(**_shrunk(cases, films, ask))
-        frame = frame.assign(method=name)[cases.made[name]]
-        parts.append(frame)
+        frame = frame.assign(method=name)
+        if name == OWN:
+            frame["s_clip"] = cases.plan["s_clip"].to_numpy(float)
+        parts.append(frame[cases.made[name]])
         if name == OWN:
             kept = cases.plan["kept"].to_numpy(bool)
             parts.append(frame[kept].assign(method=FILTERED))

@@ -7,6 +7,7 @@ Used by notebook 05.
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,17 +15,21 @@ from scipy.special import logit
 
 from prism_nb import metrics
 from prism_nb.captions import edit_labels
-from prism_nb.edits import FLOORS, OWN
+from prism_nb.diffusion import encode_films
+from prism_nb.editing import edit
+from prism_nb.edits import FLOORS, OWN, given_dials
 from prism_nb.evaluation import GAN, NOTHING, PERFECT
 from prism_nb.findings import PAPER_HEADS
 from prism_nb.ganterfactual import translate
 from prism_nb.images import uint8_to_unit, unit_to_uint8
+from prism_nb.inversion import invert
 
 PAPER = pd.DataFrame(  # Table 2 of the paper; CPG is absolute there, by another classifier each
     {"l1": [0.091, 0.031], "cpg_absolute": [0.781, 0.845]},
     index=[f"{GAN} (paper, CheXpert)", f"{OWN} (paper, CheXpert)"],
 )
 PAPER_EDIT = "remove Support Devices"
+PAPER_ACCURACY = (0.80, 0.87, 0.91, 0.86)  # Table 3, first row, in the order of PAPER_HEADS
 FEW = 5  # edits kept, and rejected, of which a filter can be judged
 LAST = [GAN, PERFECT, *PAPER.index]  # in the table; what comes before keeps its order
 
@@ -86,22 +91,45 @@ def leakage_matrix(measured, method=OWN):
     return change.groupby("edit", sort=False).mean()
 
 
-def logit_changes(measured, num_bootstrap=1000, seed=0):
+def logit_changes(measured, tried=None, num_bootstrap=1000, seed=0):
     """How far the floors move the judge's logits (Appendix B): a row a floor and head.
 
     Mean absolute change over the films, each once, with its interval by patient; 0 is best.
+    tried: what the judge says of other films that came back, of `asked_back`: further rows.
     """
     parts, before = [], probabilities(measured, NOTHING)
     for floor in FLOORS.values():
         after = probabilities(measured, floor)
         if len(after):
-            p = [part.loc[after.index].clip(1e-6, 1 - 1e-6) for part in (before, after)]
-            moved = (logit(p[1]) - logit(p[0])).abs().groupby("film_id").first()
-            parts.append(moved.melt(ignore_index=False, var_name="head").assign(method=floor))
-    who = measured.groupby("film_id")["patient_id"].first()
-    frame = pd.concat(parts).join(who).rename(columns={"value": "logit_change"})
+            p = [part.loc[after.index] for part in (before, after)]
+            moved = _moved(*p).groupby("film_id").first()
+            moved["patient_id"] = measured.groupby("film_id")["patient_id"].first()
+            parts.append(moved.assign(method=floor))
+    frame = pd.concat([*parts, tried]).melt(
+        ["method", "patient_id"], var_name="head", value_name="logit_change"
+    )
     by = ["method", "head"]
     return metrics.summarise(frame, by, "logit_change", num_bootstrap=num_bootstrap, seed=seed)
+
+
+def asked_back(ask, patients, factual, films):
+    """Absolute changes of the judge's logits by each way there and back of 03_invert.
+
+    patients: B; factual (B, H, W) uint8; films: method -> (B, H, W) uint8. A row a method and
+    film, a column a head.
+    """
+    heads, known = list(PAPER_HEADS), ask(factual)
+    parts = []
+    for method, made in films.items():
+        moved = _moved(known[:, : len(heads)], ask(made)[:, : len(heads)])
+        frame = pd.DataFrame(moved, columns=heads)
+        parts.append(frame.assign(method=method, patient_id=list(patients)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _moved(before, after):
+    p, q = (part.clip(1e-6, 1 - 1e-6) for part in (before, after))
+    return abs(logit(q) - logit(p))
 
 
 def labels_around(cohort, plan, heads=PAPER_HEADS):
@@ -112,34 +140,69 @@ def labels_around(cohort, plan, heads=PAPER_HEADS):
     return [[list(film[heads]) for film in pair] for pair in edited]
 
 
-def cycles(cases, gan, finding):
-    """L1 of the baseline's null edit repeated, and of its edit taken back, a row 1 and 5 cycles.
+def prism_editors(model, made, plan):
+    """PRISM as functions of films (B, H, W): null edit, the edits of a plan, and their opposites.
 
-    Over the films whose finding it removes; both are 0 for an editor that does only what is asked.
+    Each inverts the films anew under what they show. The null edit (T' = T) has no mask, under
+    which it would change nothing. made: the recorded parameters of 03_invert and 04_edit.
     """
-    rows = (cases.plan["finding"] == finding) & ~cases.plan["present"].astype(bool)
-    x = uint8_to_unit(cases.factual[rows])
-    found = {"composition": [], "reversibility": []}
+    inverting, editing = made["03_invert"], made["04_edit"]
+    dials = given_dials(SimpleNamespace(**editing)) | {"preset": editing["preset"]}
+    ids, old, new = (list(plan[name]) for name in ("film_id", "source", "target"))
 
-    def add(films, present=True):
-        return uint8_to_unit(translate(gan, unit_to_uint8(films), present))
+    def turn(films, source, target, **more):
+        z0 = encode_films(model, films)
+        how = inverting["inversion"], inverting["num_ddim_steps"]
+        inverted = invert(model, z0, ids, source, *how)
+        return edit(model, inverted, films, range(len(ids)), target, **dials | more).films
 
-    for count in (1, 5):
-        found["composition"].append(metrics.composition(x, add, count).mean())
-        there = partial(add, present=False)
-        found["reversibility"].append(metrics.reversibility(x, there, add, count).mean())
-    return pd.DataFrame(found, index=pd.Index([1, 5], name="cycles"))
+    return (
+        partial(turn, source=old, target=old, mask="none"),
+        partial(turn, source=old, target=new),
+        partial(turn, source=new, target=old),
+    )
+
+
+def gan_editors(gan, present):
+    """GANterfactual as prism_editors, for films that show its finding (`present`) or do not."""
+
+    def turn(films, to):
+        return uint8_to_unit(translate(gan, unit_to_uint8(films), to))
+
+    return (
+        partial(turn, to=present),
+        partial(turn, to=not present),
+        partial(turn, to=present),
+    )
+
+
+def cycles(films, editors, counts=(1, 5)):
+    """L1 of null edits in a row (composition), and of edits taken back (reversibility).
+
+    films (B, H, W) in [0, 1]; editors: method -> its null edit, edits there and edits back, each a
+    function of films. Both are 0 for an editor that does only what is asked. A row a method and
+    number of cycles.
+    """
+    rows = []
+    for method, (null, there, back) in editors.items():
+        for count in counts:
+            apart = {"composition": metrics.composition(films, null, count).mean()}
+            apart["reversibility"] = metrics.reversibility(films, there, back, count).mean()
+            rows.append({"method": method, "cycles": count, "films": len(films)} | apart)
+    return pd.DataFrame(rows)
 
 
 def realism(cases, real, features, seed=0):
     """KID of each method's films against real ones: a row a method, lower is more like them.
 
     real (N, H, W) uint8: other films of the test split; features(films) gives (N, D). The films of
-    doing nothing and the perfect editor say what a perfect score looks like here.
+    doing nothing and the perfect editor say what a perfect score looks like here. Of several edits
+    of a film the first counts: films that repeat would raise KID, which takes them as independent.
     """
     known, rows = features(real), []
     for method, films in cases.films.items():
-        films = films[cases.made[method]]
+        mine = np.flatnonzero(cases.made[method])
+        films = films[mine[~cases.plan["film_id"].iloc[mine].duplicated().to_numpy()]]
         if min(len(films), len(real)) > 1:
             mean, std = metrics.kid(features(films), known, seed=seed)
             rows.append({"method": method, "films": len(films), "kid": mean, "std": std})
@@ -149,7 +212,7 @@ def realism(cases, real, features, seed=0):
 def filtered(measured, plan):
     """Our own edits with s_clip, kept and `error`: to the truth, or 1 - CPG where none is known."""
     own = measured[measured["method"] == OWN].reset_index(drop=True)
-    own = own.join(plan[["s_clip", "kept"]].astype({"kept": bool}))
+    own = own.assign(kept=plan["kept"].to_numpy(bool))
     known = "true_error" in own and own["true_error"].notna().any()
     return own.assign(error=own["true_error"] if known else 1 - own["cpg"])
 
@@ -195,3 +258,35 @@ def worst(own, each=2):
     """Positions of the edits with the largest errors, `each` a kind; own: of `filtered`."""
     falling = own.dropna(subset="error").sort_values("error", ascending=False, kind="stable")
     return falling.groupby("edit", sort=False).head(each).sort_values("edit").index.to_list()
+
+
+def check_goals(tidy, heads):
+    """What was hoped for, fixed beforehand, against what came out: goal, found, met.
+
+    tidy: of table2; heads: of score_heads. CPG and L1 are the paper's Table 2, of CheXpert; where
+    the perfect editor itself misses one, films and judge do not allow it.
+    """
+    part = tidy[tidy["edit"] == PAPER_EDIT]
+    mine = {(row.metric, row.method): row for row in part.itertuples()}
+    rows, rival = [], {key: row.mean for key, row in mine.items()}
+
+    def goal(name, metric, met):
+        if own := mine.get((metric, OWN)):
+            known = [m for m in (GAN, PERFECT) if (metric, m) in mine]
+            beside = ", ".join(f"{m} {rival[metric, m]:.3f}" for m in known)
+            found = f"{_interval(own, 3)}, n = {own.n}; {beside}"
+            rows.append((f"{PAPER_EDIT}: {name}", found, bool(met(own.mean))))
+
+    goal("L1 at most .031", "l1", lambda x: x <= 0.031)
+    goal("signed CPG at least .845", "cpg", lambda x: x >= 0.845)
+    if ("l1", GAN) in rival:
+        goal(f"L1 below {GAN}'s", "l1", lambda x: x < rival["l1", GAN])
+        goal(f"signed CPG above {GAN}'s", "cpg", lambda x: x > rival["cpg", GAN])
+    goal("leakage at most .05", "leakage", lambda x: x <= 0.05)
+    for score, least in (("accuracy", PAPER_ACCURACY), ("auroc", 0.9)):
+        found = heads.set_index("head")[score].reindex(list(PAPER_HEADS)).to_numpy()
+        wanted = np.broadcast_to(least, len(found))
+        said = ", ".join(f"{head} {x:.2f}" for head, x in zip(PAPER_HEADS, found, strict=True))
+        name = f"judge's {score} at least {' '.join(f'{x:.2f}' for x in wanted)}"
+        rows.append((name, said, bool((found >= wanted).all())))
+    return pd.DataFrame(rows, columns=["goal", "found", "met"])

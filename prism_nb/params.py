@@ -241,6 +241,7 @@ class Evaluate(Classify):
     baseline_size: Whole = _is(
         64, "pixels a side where it is trained; 224 in the paper", ge=64, le=1024, multiple_of=16
     )
+    num_cycle_films: Whole = _is(1, "films edited there and back, five times over", ge=1)
 
 
 class Augment(Classify):
