@@ -51,6 +51,7 @@ SPLITS = ("train", "val", "test", "all")
 FORMATS = ("png", "png16", "dicom")  # dicom: beside the PNGs, for the notebooks read those
 FROZEN = ("vae", "text_encoder", "tokenizer")  # of a base model
 FILMS = ("image_size", "fit", "template", "negatives")  # of a cohort: how it is read, and worded
+WRITTEN = ("edits.parquet", "rejected.csv", "plan.parquet", "parts")  # besides request.json
 REJECTED = ["film_id", "reason"]
 SOURCES = ("model", "frozen", "cohort", "code")  # of a request: what is no setting of a call
 PRIVATE = ["film_id", "patient_id", "split", "path", "mask_path"]  # what a film does not tell
@@ -84,6 +85,9 @@ def edit_cohort(
         check_executor(executor)
     request = read_request(run, split, settings, format)
     plan = plan_batches(run, request, max_films)
+    theirs = [name for name in WRITTEN if (out / name).exists()]
+    if theirs and not (out / "request.json").is_file():  # of a notebook, or of anyone
+        raise ValueError(f"{out} has a {theirs[0]} of something else: give another folder")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock") as free:
         if not free:
@@ -105,15 +109,15 @@ def edit_cohort(
 
 def _tidy(parts, keys, made_from):
     """Remove parts that no call makes any more, and say what stays beside a plan's own."""
-    others = [part for part in parts.glob("[!.]*/") if part.name not in keys]
+    others = {file.parent for file in parts.glob("[!.]*/rejected.csv")}
+    others = [part for part in others if part.name not in keys]
     old = [part for part in others if not part.name.startswith(made_from)]
     for part in old:
         _remove(part)
     if old:
         print(f"  removed       {len(old)} batches made with another model, cohort or code")
-    if len(others) > len(old):
-        stay = f"{len(others) - len(old)} batches of other settings, for a call with those"
-        print(f"  kept          {stay}: delete {parts} to be rid of them")
+    if stay := len(others) - len(old):
+        print(f"  kept          {stay} batches of other settings, for a call with those")
 
 
 def _remove(part):

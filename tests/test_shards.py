@@ -141,8 +141,9 @@ def test_parts_of_another_model_go_once_all_is_there_and_those_of_other_settings
 ):
     few = SETTINGS | {"max_films": 2}
     first = edit_cohort(run, tmp_path, **few)
-    old = tmp_path / "parts" / "00000000-of-another-model"
-    old.mkdir()
+    old, foreign = (tmp_path / "parts" / name for name in ("00000000-of-another-model", "mine"))
+    write_text(old / "rejected.csv", "film_id,reason\n")
+    foreign.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr("prism_nb.shards.make_batch", _unlucky)
         with pytest.raises(JobsDied):
@@ -151,9 +152,10 @@ def test_parts_of_another_model_go_once_all_is_there_and_those_of_other_settings
     assert not capsys.readouterr().out
     edit_cohort(run, tmp_path, **few | {"preset": "sdedit"})
     assert not old.exists()
+    assert foreign.exists()
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "  removed       1 batches made with another model, cohort or code"
-    assert said[1].startswith("  kept          1 batches of other settings")
+    assert said[1] == "  kept          1 batches of other settings, for a call with those"
     monkeypatch.setattr("prism_nb.shards.load_tools", lambda *_: pytest.fail("nothing is missing"))
     assert edit_cohort(run, tmp_path, **few).equals(first)
 
@@ -377,6 +379,17 @@ def test_what_cannot_be_done_is_one_line(run, tmp_path, given, words):
         edit_cohort(run, tmp_path / "out", **given)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["edits/edits.parquet", "rejected.csv"])
+def test_what_a_notebook_wrote_is_not_written_over(run, tmp_path, name):
+    own = shutil.copytree(run, tmp_path / "run")
+    write_text(own / name, "mine")
+    out = (own / name).parent
+    with pytest.raises(ValueError, match=r"has a [a-z.]+ of something else: give another folder"):
+        edit_cohort(own, out, max_films=2, **SETTINGS)
+    assert (own / name).read_text() == "mine"
+    assert not (out / "request.json").exists()
 
 
 def test_a_run_without_model_a_folder_in_use_and_a_missing_submitit(run, tmp_path, monkeypatch):
