@@ -158,8 +158,7 @@ class Plan:
         looks = 8 * (128 + 16 * (tune.num_train_steps // tune.validate_every))
         samples = 24 * tune.num_prompts
         trained = self.seconds(updates / max(self.gpus, 1), "train", tune.precision)
-        calls, decoded = looks + 20 * samples, samples
-        used = self._used(tune.precision, calls, self.num_films, decoded)
+        used = self._used(tune.precision, looks + 20 * samples, self.num_films, samples)
         return trained + used + self._read()
 
     def _invert(self):
