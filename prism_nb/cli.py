@@ -31,6 +31,8 @@ def _one_line_errors(*bad_usage: type[Exception]) -> Iterator[None]:
 
     try:
         yield
+    except BrokenPipeError:  # `| head` has read enough: typer ends quietly
+        raise
     except (ParamError, RunFolderError, *bad_usage) as error:
         _stop(error, 2)
     except (StepFailed, JobsDied, OSError) as error:
@@ -47,6 +49,7 @@ def _stop(error: object, code: int) -> None:
 @app.callback(invoke_without_command=True)
 def main(context: typer.Context) -> None:
     """PRISM as notebooks: counterfactual chest radiographs."""
+    context.call_on_close(sys.stdout.flush)  # at the interpreter's end it is too late to be quiet
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -429,12 +432,18 @@ def plan(
         print("\nDisk, GB")
         _print_amounts(disk | {"together": sum(disk.values())}, 1e9)
         hours = found.hours()
-        speed = f"{REACHED['unet']:.0%} of {tflops:g} TFLOP/s, 02_finetune on all GPUs, else on one"
-        print(f"\nHours, roughly ({speed if gpus else 'at the measured speed of this machine'})")
-        _print_amounts(hours | {"together": sum(hours.values())}, 1)
-        change = advice(values, gpus, gpu_memory * 1e9, films) if gpus else {}
-        wanted = " ".join(f"--set {key}={value}" for key, value in change.items())
-        print(f"\nTo fit into {gpu_memory:g} GB: {wanted or 'nothing has to change'}")
+        unit = ("Hours", 1) if sum(hours.values()) > 3 else ("Minutes", 1 / 60)
+        speed = "within a factor of 2, on this machine when it does nothing else"
+        if gpus:
+            reached = f"{REACHED['unet']:.0%} of {tflops:g} TFLOP/s"
+            speed = f"roughly, at {reached}, 02_finetune on all GPUs, else on one"
+        print(f"\n{unit[0]} ({speed})")
+        _print_amounts(hours | {"together": sum(hours.values())}, unit[1])
+        print("  not counted: appendices, sweeps, downloads")
+        if gpus:
+            change = advice(values, gpus, gpu_memory * 1e9, films)
+            wanted = " ".join(f"--set {key}={value}" for key, value in change.items())
+            print(f"\nTo fit into {gpu_memory:g} GB: {wanted or 'nothing has to change'}")
 
 
 def _print_amounts(amounts: dict, unit: float) -> None:

@@ -9,7 +9,12 @@ Used by `prism-nb edit-cohort` and `prism-nb sweep`, by no notebook.
 import importlib.util
 import os
 import shutil
+import signal
+import threading
 import time
+from contextlib import contextmanager, suppress
+
+import psutil
 
 EXECUTORS = ("local", "slurm")
 DAY, YEAR = 60 * 24, 60 * 24 * 365  # minutes
@@ -38,27 +43,63 @@ def run_jobs(call, arguments, folder, executor="local", options=None, watch=None
     call: a function of a module. folder: of the logs; with slurm, on a disk that all nodes share.
     executor: one of EXECUTORS, or "here": no process of its own, and what is no RuntimeError rises.
     options: submitit's own, for slurm (slurm_partition, gpus_per_node, timeout_min); local jobs see
-    the GPUs that this process sees. watch() is called each second. An interrupt ends the jobs.
+    the GPUs that this process sees. watch() is called each second. SIGTERM and Ctrl-C end the jobs,
+    then raise KeyboardInterrupt.
     """
     if executor == "here":
         return _run_here(call, arguments)
     check_executor(executor)
     runner = _runner(folder, executor, options or {})
-    jobs = runner.map_array(call, *zip(*arguments, strict=True))
-    try:
-        while not all(job.done() for job in jobs):
-            if watch:
-                watch()
-            time.sleep(1)
-    except BaseException:
-        for job in jobs:
-            job.cancel(check=False)
-        raise
+    with _signals() as received:
+        jobs = runner.map_array(call, *zip(*arguments, strict=True))
+        try:
+            while not received and not all(job.done() for job in jobs):
+                if watch:
+                    watch()
+                time.sleep(1)
+            if received:  # Ctrl-C in a terminal reaches the jobs as well: they look done
+                raise KeyboardInterrupt
+        except BaseException:
+            _stop(jobs, executor)
+            raise
     errors = {number: job.exception() for number, job in enumerate(jobs)}
     died = {number: _why(error, jobs[number]) for number, error in errors.items() if error}
     if not died:
         shutil.rmtree(folder)
     return died
+
+
+@contextmanager
+def _signals():
+    """A list that SIGTERM and Ctrl-C are put into while the block runs, instead of ending it."""
+    received, before = [], {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere none arrives
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # nohup, or a script's background
+            signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(jobs, executor):
+    """Cancel the jobs; of those on this machine no process is left when this returns."""
+    family = []
+    for job in [job for job in jobs if not job.done()]:
+        if executor == "local":  # an interrupt would do, where the shell has not had it ignored
+            with suppress(psutil.NoSuchProcess):
+                controller = psutil.Process(int(job.job_id))
+                controller.suspend()  # so that it starts nothing meanwhile
+                family += [controller, *controller.children(recursive=True)]
+        else:
+            job.cancel(check=False)
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(family)
 
 
 def _run_here(call, arguments):
@@ -91,8 +132,14 @@ def _gpus():
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    numbers = given.split(",") if given.replace(",", "").isdigit() else ()
-    return tuple(int(number) for number in numbers) or tuple(range(torch.cuda.device_count()))
+    if given.replace(",", "").isdigit():
+        return tuple(int(number) for number in given.split(","))
+    if given[:4] in ("GPU-", "MIG-"):  # submitit takes numbers alone
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES is {given.split(',')[0]}: several local processes need numbers; "
+            "set it to such as 0,1, or take one shard"
+        )
+    return tuple(range(torch.cuda.device_count()))
 
 
 def _why(error, job):

@@ -1,8 +1,9 @@
 """What a profile will need before it is run: memory, disk and hours, and what to change to fit.
 
 FLOPs and bytes are counted (counting.py) at the profile's own sizes; hours are FLOPs over the speed
-of a GPU times the share of it that is reached, or over this machine's own speed, measured. What the
-data decide is taken as said: half of the films can take an edit, null-text takes all its inner
+of a GPU times the share of it that is reached, or over this machine's own speed, measured, as it is
+when nothing else runs. Appendices, sweeps and downloads do not count. What the data decide is taken
+as said: half of the films can take an edit, null-text takes all its inner
 steps. N steps of DDIM; bytes and FLOPs are plain numbers. Used by `prism-nb plan`.
 """
 
@@ -11,6 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from prism_nb.columns import read_table
 from prism_nb.counting import Sketch, classifier_flops, measured_rate
@@ -22,8 +24,9 @@ from prism_nb.run import project_root, resolve_path
 
 # Share of a GPU's bf16 that is reached. U-Net: MosaicML's training of Stable Diffusion 2, 36 films
 # a second on an A100. Classifier: timm's EfficientNet-B0, 1,750 a second. Float32: a quarter.
-REACHED = {"unet": 0.28, "classifier": 0.013, "fp32": 0.25}
-ON_CPU = {"unet": 1.0, "classifier": 0.55, "fp32": 1.0}  # of the U-Net's own speed, as measured
+REACHED = {"unet": 0.28, "train": 0.28, "vae": 0.28, "classifier": 0.013, "fp32": 0.25}
+# Of what the U-Net alone reaches on one thread, times the threads: by a run on two quiet cores.
+ON_CPU = {"unet": 0.87, "train": 0.65, "vae": 0.37, "classifier": 0.45}
 SLACK, LIBRARIES = 1.1, 1e9  # what allocators keep besides; bytes
 CLIP = 1.7e9  # bytes of a CLIP ViT-L/14, where S_CLIP is not the base model's own
 PNG = 0.75  # bytes a pixel
@@ -89,7 +92,8 @@ class Plan:
         if self.invert.inversion == "null_text":
             peaks.append(sketch.tune(batch)[1])
         clip = CLIP * (self.edit.clip_model != "base")
-        return SLACK * (sketch.num_bytes + clip + max(peaks)) + LIBRARIES
+        most = max(peaks) if self.gpus else sum(peaks)  # malloc keeps what the others had
+        return SLACK * (sketch.num_bytes + clip + most) + LIBRARIES
 
     def disk(self):
         """Bytes of what the notebooks write."""
@@ -125,12 +129,22 @@ class Plan:
         ways = ("predict", "encode", "decode", "tune", "train")
         return {name: getattr(sketch, name)(1)[0] for name in ways}
 
-    def seconds(self, flops, kind="unet", precision="bf16"):
-        """Seconds of some FLOPs on one device."""
-        share = REACHED if self.gpus else ON_CPU
-        slower = share["fp32"] if precision == "fp32" else 1
-        rate = self.tflops * 1e12 if self.gpus else _cpu_rate(precision == "bf16")
-        return flops / (rate * share[kind] * slower)
+    def seconds(self, flops, kind="unet", precision="bf16", threads=0):
+        """Seconds of some FLOPs on one GPU, or on some threads; 0: all of this machine's."""
+        bf16 = precision == "bf16"
+        if self.gpus:
+            rate = self.tflops * 1e12 * REACHED[kind] * (1 if bf16 else REACHED["fp32"])
+        else:  # only the U-Net is ever in bf16
+            rate = _cpu_rate(bf16 and kind in ("unet", "train")) * ON_CPU[kind]
+            rate *= threads or torch.get_num_threads()
+        return flops / rate
+
+    def _used(self, precision, calls, encoded, decoded):
+        """Seconds of the U-Net's calls, and of the VAE's on so many films."""
+        f = self.flops
+        films = encoded * f["encode"] + decoded * f["decode"]
+        unet = self.seconds(calls * f["predict"], "unet", precision)
+        return unet + self.seconds(films, "vae", precision)
 
     def _read(self):
         return self.num_films * READ / os.cpu_count()
@@ -141,44 +155,48 @@ class Plan:
     def _finetune(self):
         tune, f = self.tune, self.flops
         updates = tune.num_train_steps * tune.train_batch_size * tune.accumulation * f["train"]
-        looks = 8 * f["predict"] * (128 + 16 * (tune.num_train_steps // tune.validate_every))
-        samples = 24 * tune.num_prompts * (20 * f["predict"] + f["decode"])
-        flops = self.num_films * f["encode"] + updates / max(self.gpus, 1) + looks + samples
-        return self.seconds(flops, "unet", tune.precision) + self._read()
+        looks = 8 * (128 + 16 * (tune.num_train_steps // tune.validate_every))
+        samples = 24 * tune.num_prompts
+        trained = self.seconds(updates / max(self.gpus, 1), "train", tune.precision)
+        used = self._used(tune.precision, looks + 20 * samples, self.num_films, samples)
+        return trained + used + self._read()
 
     def _invert(self):
-        p, f, flops = self.invert, self.flops, 0
+        p, f, calls, films = self.invert, self.flops, 0, 0
         ways = [(p.inversion, p.num_ddim_steps, self.num_edited)]
         ways += [(method, p.num_compared_steps, p.num_compared) for method in METHODS]
-        for method, steps, films in ways:
+        for method, steps, number in ways:
             rows = inversion_rows(method, steps, f["tune"] / f["predict"])
             rows += steps * (2 if method == "null_text" else 1)  # and back
-            flops += films * (f["encode"] + rows * f["predict"] + 2 * f["decode"])
-        return self.seconds(flops, "unet", p.precision)
+            calls, films = calls + number * rows, films + number
+        return self._used(p.precision, calls, films, 2 * films)
 
     def _edit(self):
-        p, f, steps = self.edit, self.flops, self.invert.num_ddim_steps
+        p, steps = self.edit, self.invert.num_ddim_steps
         edits = self.num_edited * (len(p.edits) * ABLE + 1)  # 1: the sham edit
         tested = min(self.invert.num_test_films, self.num_edited) * len(p.edits) * ABLE
         peers = [edit_rows(PRESETS[name].dials, steps) for name in p.peers if name != p.preset]
         rows = edits * edit_rows(self.dials, steps) + tested * sum(peers)
         films = edits + tested * len(peers) + self.num_edited
-        return self.seconds(rows * f["predict"] + films * f["decode"], "unet", p.precision)
+        return self._used(p.precision, rows, 0, films)
 
     def _judge(self):
-        p, flops = self.judge, 0
+        p, flops, rendered = self.judge, 0, 0
         if not Path(p.judge).is_dir():
-            films = 3 * (p.judge_films or self.num_train) * p.judge_epochs + self.num_films
+            rendered = p.judge_films * (self.cohort.csv == "phantom")
+            films = 3 * (rendered or self.num_train) * p.judge_epochs + self.num_films
             flops = films * classifier_flops(p.judge, p.classifier_size or self.side)
         gan = (p.baseline == "train") * p.baseline_steps * GAN * p.baseline_size**2
-        return self.seconds(flops, "classifier") + self.seconds(gan) + self._read()
+        made = rendered * RENDER / os.cpu_count()
+        return self.seconds(flops, "classifier") + self.seconds(gan) + made + self._read()
 
     def _augment(self):
         p = self.augment
         films = self.num_train + self.invert.num_train_films * len(self.edit.edits) * ABLE
         each = classifier_flops(p.classifier, p.classifier_size or self.side)
         flops = 3 * films * p.classifier_epochs * len(p.arms) * p.num_augment_seeds * each
-        return self.seconds(flops, "classifier") + self._read()
+        threads = min(max(1, p.augment_workers), os.cpu_count())  # one a training
+        return self.seconds(flops, "classifier", threads=threads) + self._read()
 
 
 def advice(values, gpus, limit, num_films=0):

@@ -4,7 +4,7 @@ An item is a film under an edit, its id FILM/EDIT. Films stand in the order of a
 and are cut into batches; every N-th batch is a shard's. A batch is always computed together and
 draws from (seed, film) alone: neither the number of shards nor a kill changes a bit of it (on equal
 machines and threads). RUN/counterfactuals holds plan.parquet, parts/ (a folder a batch, whole or
-not at all, named by the digest of all that it was made from), and edits.parquet, merged, which
+not at all, named by digests of all that it was made from), and edits.parquet, merged, which
 reads as notebook 04's; on request the PNGs have 16 bits, or DICOM lies beside them. Films
 (B, H, W) in [0, 1]. Used by `prism-nb edit-cohort`.
 """
@@ -21,14 +21,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
 from prism_nb.cohort import read_cohort
 from prism_nb.dicom import need_pydicom, save_secondary_capture
-from prism_nb.diffusion import encode_films, load_model, pick_device
+from prism_nb.diffusion import ModelError, encode_films, load_model, locate, pick_device
 from prism_nb.editing import PRESETS, edit
 from prism_nb.edits import filter_edits, given_dials, parse_edit, plan_edits, recipe, save_edits
-from prism_nb.files import atomic_folder, atomic_path, locked, read_json, sha256_file, write_json
+from prism_nb.files import (
+    TEMPORARY,
+    atomic_folder,
+    atomic_path,
+    locked,
+    read_json,
+    sha256_file,
+    write_json,
+)
 from prism_nb.findings import slug
 from prism_nb.images import ImageError, load_films, uint8_to_unit, unit_to_uint8, unit_to_uint16
 from prism_nb.inversion import invert
@@ -36,11 +45,15 @@ from prism_nb.jobs import JobsDied, check_executor, run_jobs
 from prism_nb.manifest import leftovers, reached_modules
 from prism_nb.params import check_profile, for_notebook, validate
 from prism_nb.run import project_root, record_path, resolve_path, versions
-from prism_nb.scoring import load_clip
+from prism_nb.scoring import ENCODERS, load_clip
 
 SPLITS = ("train", "val", "test", "all")
 FORMATS = ("png", "png16", "dicom")  # dicom: beside the PNGs, for the notebooks read those
+FROZEN = ("vae", "text_encoder", "tokenizer")  # of a base model
+FILMS = ("image_size", "fit", "template", "negatives")  # of a cohort: how it is read, and worded
+WRITTEN = ("edits.parquet", "rejected.csv", "plan.parquet", "parts")  # besides request.json
 REJECTED = ["film_id", "reason"]
+SOURCES = ("model", "frozen", "cohort", "code")  # of a request: what is no setting of a call
 PRIVATE = ["film_id", "patient_id", "split", "path", "mask_path"]  # what a film does not tell
 
 
@@ -72,6 +85,9 @@ def edit_cohort(
         check_executor(executor)
     request = read_request(run, split, settings, format)
     plan = plan_batches(run, request, max_films)
+    theirs = [name for name in WRITTEN if (out / name).exists()]
+    if theirs and not (out / "request.json").is_file():  # of a notebook, or of anyone
+        raise ValueError(f"{out} has a {theirs[0]} of something else: give another folder")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock") as free:
         if not free:
@@ -82,11 +98,31 @@ def edit_cohort(
         (out / "edits.parquet").unlink(missing_ok=True)  # with it, the folder counts as finished
         write_json(out / "request.json", request)
         _write(plan, out / "plan.parquet")
-        for part in (out / "parts").glob("*"):  # what could not be read, perhaps now can be
-            if len(_rejected(part)):
-                shutil.rmtree(part)
+        for part in (out / "parts" / key for key in plan["batch"].unique()):
+            if part.is_dir() and len(_rejected(part)):  # what could not be read, perhaps now can be
+                _remove(part)
         _make(run, out, plan, shards, executor, options)
-        return merge(out, plan)
+        made = merge(out, plan)
+        _tidy(out / "parts", set(plan["batch"]), _made_from(request))
+        return made
+
+
+def _tidy(parts, keys, made_from):
+    """Remove parts that no call makes any more, and say what stays beside a plan's own."""
+    others = {file.parent for file in parts.glob("[!.]*/rejected.csv")}
+    others = [part for part in others if part.name not in keys]
+    old = [part for part in others if not part.name.startswith(made_from)]
+    for part in old:
+        _remove(part)
+    if old:
+        print(f"  removed       {len(old)} batches made with another model, cohort or code")
+    if stay := len(others) - len(old):
+        print(f"  kept          {stay} batches of other settings, for a call with those")
+
+
+def _remove(part):
+    """Remove a part whole: what a kill leaves of it is cleared by the next call."""
+    shutil.rmtree(part.replace(part.with_name(TEMPORARY + part.name)))
 
 
 def _refuse_running(out):
@@ -117,17 +153,39 @@ def read_request(run, split="test", settings=None, format="png"):
     seed = {"seed": p.seed} if how.inversion == "ddpm" else {}
     names = ("edits", "preset", "s_clip_min", "clip_model")
     names += ("edit_batch_size", "precision", "device")
-    weights = sorted(path for path in (run / "model").rglob("*") if path.is_file())
-    code = sorted(reached_modules("from prism_nb import edits, scoring"))  # films, and S_CLIP
+    base, clip = read_json(run / "model" / "base.json"), resolve_clip(p.clip_model)
+    films = read_json(run / "cohort.json")["settings"]
+    code = {Path(__file__), *reached_modules("from prism_nb import edits, scoring")}
     return {name: getattr(p, name) for name in names} | {
         "inversion": {"method": how.inversion, "num_steps": how.num_ddim_steps} | seed,
         "dials": given_dials(p),
         "split": split,
         "format": format,
-        "model": [sha256_file(path) for path in weights],
-        "cohort": sha256_file(run / "cohort.parquet"),
-        "code": _digest([ast.dump(ast.parse(path.read_text("utf-8"))) for path in code]),
+        "model": _weights(run / "model", ("unet", "text_encoder")),
+        "frozen": _weights(base["base_model"], (*FROZEN, "clip"), base["revision"]),
+        "judge": None if clip == "base" else _weights(ENCODERS.get(clip, clip)),
+        "cohort": [sha256_file(run / "cohort.parquet"), *(films[name] for name in FILMS)],
+        "code": _digest([ast.dump(ast.parse(path.read_text("utf-8"))) for path in sorted(code)]),
     }
+
+
+def resolve_clip(name):
+    """The judge of S_CLIP as load_clip takes it."""
+    return resolve_path("clip_model", name, project_root())
+
+
+def _weights(name, parts=("",), revision=""):
+    """What tells a model's weights apart: its files' digests, or its commit on the hub."""
+    folder = Path(locate(str(name)))
+    if folder.is_dir():
+        files = {path for part in parts for path in (folder / part).rglob("[!.]*")}
+        return [sha256_file(path) for path in sorted(files) if path.is_file()]
+    config = Path(parts[0], "config.json")
+    try:  # of what is there already, where the machine is offline
+        found = hf_hub_download(str(folder), config.as_posix(), revision=revision or None)
+    except OSError as error:
+        raise ModelError(f"cannot look up {folder}: {str(error).splitlines()[0][:160]}") from None
+    return Path(found).parents[len(config.parts) - 1].name
 
 
 def _own_settings(run):
@@ -155,8 +213,14 @@ def plan_batches(run, request, max_films=0):
     plan = plan.sort_values("place", kind="stable", ignore_index=True)
     plan["id"] = plan["film_id"] + "/" + plan["edit"].map(slug)
     number = plan.pop("place") // request["edit_batch_size"]
-    keys = {n: _digest([request, ids.to_list()])[:32] for n, ids in plan["id"].groupby(number)}
+    made = _made_from(request)
+    keys = {n: made + _digest([request, *ids])[:24] for n, ids in plan["id"].groupby(number)}
     return plan.assign(batch=number.map(keys)).drop(columns="row")
+
+
+def _made_from(request):
+    """How the names of a request's parts begin: what weights, films and code they come from."""
+    return _digest([request[name] for name in SOURCES])[:8] + "-"
 
 
 def make_shard(run, out, shard=0, num_shards=1, threads=0):
@@ -189,8 +253,8 @@ def load_tools(run, request, shard=0):
     if pick_device(device).type == "cuda":
         device = f"cuda:{shard % torch.cuda.device_count()}"
     model = load_model(str(run / "model"), device=device, precision=request["precision"])
-    clip = resolve_path("clip_model", request["clip_model"], project_root())
-    return request, read_cohort(run), model, load_clip(clip, model.base_model, model.device)
+    clip = load_clip(resolve_clip(request["clip_model"]), model.base_model, model.device)
+    return request, read_cohort(run), model, clip
 
 
 def make_batch(request, cohort, model, scorer, plan, folder):

@@ -18,7 +18,7 @@ from pathlib import Path
 from prism_nb.execute import chosen_steps, prepare, run_job
 from prism_nb.files import TEMPORARY, atomic_path, read_json
 from prism_nb.jobs import check_executor, run_jobs
-from prism_nb.manifest import given_parameters
+from prism_nb.manifest import Manifest, given_parameters
 from prism_nb.report import write_report
 from prism_nb.run import RunFolderError
 
@@ -52,7 +52,11 @@ def sweep(profile, settings, executor="local", options=None, notebooks=None, ste
         waiting = [n for n in waiting if n not in part]
     path = home / f"{Path(run).name}-{'-'.join(swept)}.csv"
     failed = "; ".join(f"{name}: {why}" for name, why in died.items())
-    return collect(jobs, chosen[0], path), path, failed and f"{failed}; the same command goes on"
+    return (
+        collect(jobs, steps, chosen[0], path),
+        path,
+        failed and f"{failed}; the same command goes on",
+    )
 
 
 def combinations(settings):
@@ -79,17 +83,27 @@ def run_one(profile, settings, notebooks, steps, parent):
             write_report(job.folder)
 
 
-def collect(jobs, keys, path):
+def collect(jobs, steps, keys, path):
     """Write the metrics of all runs as CSV, one row a run, and return the table."""
     import pandas
 
-    found = [job.folder / "metrics.json" for job in jobs]
-    metrics = [read_json(each) if each.is_file() else {} for each in found]
+    metrics = [_standing(job, steps) for job in jobs]
     about = [{"run": job.folder.name} | {k: job.values[k] for k in keys} for job in jobs]
     table = pandas.concat([pandas.DataFrame(about), pandas.json_normalize(metrics)], axis=1)
     with atomic_path(path) as partial:
         table.to_csv(partial, index=False, float_format="%.8g", lineterminator="\n")
     return table
+
+
+def _standing(job, steps):
+    """A run's metrics, without those of steps that failed or have not run with its settings.
+
+    Where a step failed, those after it are still of the run that this one started from.
+    """
+    path, manifest = job.folder / "metrics.json", Manifest(job.folder, job.profile)
+    metrics = read_json(path) if path.is_file() else {}
+    now = {s: manifest.fingerprint(s, job.source(s), job.values) for s in steps if s in metrics}
+    return {step: metrics[step] for step, made in now.items() if not manifest.reason(step, made)}
 
 
 def _plan(each, swept, run):

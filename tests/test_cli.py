@@ -1,6 +1,7 @@
 """The command line: what it prints, and its exit codes."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -19,6 +20,15 @@ def call(*arguments):
     """Exit code, standard output and error output of a command."""
     result = CliRunner().invoke(app, [str(each) for each in arguments])
     return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("what", ["04_edit", "all"])  # less, and more than a pipe's buffer
+def test_a_reader_that_has_read_enough_ends_it_quietly(what):
+    command = [sys.executable, "-m", "prism_nb.cli", "params", what]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        done.stdout.close()
+        assert done.stderr.read() == b""
+    assert done.returncode == 1
 
 
 def test_alone_it_shows_help():

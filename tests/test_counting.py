@@ -8,16 +8,17 @@ import torch
 
 from prism_nb.counting import Alive, Sketch, classifier_flops, configs, measured_rate
 from prism_nb.files import write_json
-from prism_nb.planner import SLACK
+from prism_nb.params import load_profile
+from prism_nb.planner import LIBRARIES, SLACK, Plan
 
-STEP = """
+BEGIN = """
 import gc
 from pathlib import Path
 
 import psutil
 import torch
 from diffusers.training_utils import EMAModel
-from prism_nb.diffusion import load_model, predict_noise
+from prism_nb.diffusion import decode_latents, load_model, predict_noise
 
 def noise(rows):
     z, cond = torch.randn(rows, 16, 32, 32), torch.randn(rows, 77, 128)
@@ -29,6 +30,8 @@ with torch.no_grad():
 gc.collect()
 before = psutil.Process().memory_info().rss
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak before
+"""
+TRAIN = """
 weights = list(model.unet.requires_grad_(True).parameters())
 adam, ema = torch.optim.AdamW(weights, lr=1e-5, fused=True), EMAModel(weights, foreach=True)
 for _ in range(2):
@@ -36,8 +39,16 @@ for _ in range(2):
     adam.step()
     adam.zero_grad(set_to_none=True)
     ema.step(weights)
+"""
+EDIT = """
+with torch.no_grad():
+    noise(16)
+    decode_latents(model, torch.randn(8, 16, 32, 32))
+"""
+END = """
 status = Path("/proc/self/status").read_text()
-print(int(status.split("VmHWM:")[1].split()[0]) * 1024 - before)
+peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+print(peak, peak - before)
 """
 
 
@@ -81,12 +92,20 @@ def test_bytes_that_are_alive_at_one_time():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak stands in /proc")
-def test_a_training_step_of_the_bundled_base_takes_the_memory_that_is_planned():
-    done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, check=True)
-    sketch = Sketch("phantom", 256, gpu=False)
-    planned = SLACK * (12 * sketch.num_trained + sketch.train(16)[1])  # 12: AdamW and EMA
-    print(f"{int(done.stdout) / 1e6:.0f} MB measured, {planned / 1e6:.0f} MB planned")
-    assert planned == pytest.approx(int(done.stdout), rel=0.3)
+@pytest.mark.parametrize("what", ["training", "editing"])
+def test_the_bundled_base_takes_the_memory_that_is_planned(root, what):
+    code = BEGIN + {"training": TRAIN, "editing": EDIT}[what] + END
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak, of_step = (int(number) for number in done.stdout.split())
+    given = {"ema_decay": 0.99, "train_batch_size": 16, "edit_batch_size": 8, "precision": "fp32"}
+    plan = Plan(load_profile(root / "params" / "phantom.yaml") | given, gpus=0, num_films=600)
+    planned = getattr(plan, what)()
+    print(f"{peak / 1e6:.0f} MB measured, {planned / 1e6:.0f} MB planned")
+    assert planned == pytest.approx(peak, rel=0.3)
+    if what == "training":  # of which the step takes most: it alone, without what was there before
+        planned -= LIBRARIES + SLACK * plan.sketch().num_bytes
+        print(f"{of_step / 1e6:.0f} MB of them by the step, {planned / 1e6:.0f} MB planned")
+        assert planned == pytest.approx(of_step, rel=0.3)
 
 
 def test_gradients_stay_and_a_gpu_keeps_norms_in_float32():

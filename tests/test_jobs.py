@@ -4,11 +4,13 @@ import importlib.util
 import operator
 import os
 import shutil
+import signal
 import time
 
+import psutil
 import pytest
 
-from prism_nb.jobs import check_executor, run_jobs
+from prism_nb.jobs import _gpus, check_executor, run_jobs
 
 pytest.importorskip("submitit")
 
@@ -56,6 +58,21 @@ def test_an_interrupt_ends_the_jobs(tmp_path):
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_jobs_and_those_that_they_started(tmp_path, number):
+    before, children = signal.getsignal(number), []
+
+    def kill():
+        children[:] = psutil.Process().children(recursive=True)
+        if len(children) > 1:  # the job's process, and what watches over it
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(time.sleep, [(60,)], tmp_path, watch=kill)
+    assert not [child for child in children if child.is_running()]
+    assert signal.getsignal(number) is before
+
+
 def test_what_is_not_there_is_said_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="it must be local or slurm"):
         check_executor("ray")
@@ -65,6 +82,16 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'prism_nb\[slurm\]'"):
         check_executor("local")
+
+
+def test_local_jobs_see_the_gpus_of_this_process(monkeypatch):
+    for given, seen in (("2,3", (2, 3)), ("", ()), ("-1", ())):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+        assert _gpus() == seen
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1a2b,MIG-3c4d")
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES is MIG-1a2b: several local"):
+        _gpus()
 
 
 def test_slurm_gets_its_options_and_refuses_unknown_ones(tmp_path, monkeypatch):

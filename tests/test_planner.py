@@ -11,7 +11,7 @@ from prism_nb.editing import PRESETS, edit
 from prism_nb.finetune import finetune
 from prism_nb.inversion import METHODS, invert
 from prism_nb.latents import encode_cohort
-from prism_nb.params import MODELS, Finetune, check_profile
+from prism_nb.params import MODELS, Finetune, check_profile, load_profile
 from prism_nb.planner import (
     Plan,
     _lighter_editing,
@@ -87,6 +87,19 @@ def test_a_plan_has_all_its_parts_and_more_gpus_need_less_time(small):
     half = Plan(small | {"precision": "bf16"}, gpus=1)
     assert half.hours()["03_invert"] < one.hours()["03_invert"]
     assert two.sketch().num_trained == one.sketch().num_unet
+
+
+def test_minutes_are_those_that_the_phantom_profile_took_on_two_quiet_cores(root, monkeypatch):
+    rate = {True: 130e9, False: 83e9}  # of one thread there, by measured_rate
+    monkeypatch.setattr("prism_nb.planner._cpu_rate", rate.get)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    plan = Plan(load_profile(root / "params" / "phantom.yaml"), gpus=0, num_films=600)
+    took = dict(zip(list(MODELS)[:6], (27, 162, 78, 135, 123, 121), strict=True))
+    for name, hours in plan.hours().items():
+        print(f"{name:<14}{3600 * hours:5.0f} s planned, {took[name]} s taken")
+        assert took[name] / 1.5 < 3600 * hours < took[name] * 1.5, name
+    assert 3600 * sum(plan.hours().values()) == pytest.approx(sum(took.values()), rel=0.2)
 
 
 def test_advice_is_what_costs_least_and_nothing_where_all_fits(small):

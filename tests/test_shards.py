@@ -6,9 +6,12 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
+import huggingface_hub
 import numpy as np
 import pandas as pd
 import psutil
@@ -17,12 +20,21 @@ import torch
 from PIL import Image
 
 from prism_nb.cohort import read_cohort
+from prism_nb.diffusion import ModelError
 from prism_nb.edits import load_edit_films, save_edits
-from prism_nb.files import locked, write_json
+from prism_nb.files import locked, read_json, write_json, write_text
 from prism_nb.findings import slug
 from prism_nb.images import load_films
 from prism_nb.jobs import JobsDied
-from prism_nb.shards import edit_cohort, make_batch, make_shard, plan_batches, read_request
+from prism_nb.shards import (
+    FROZEN,
+    _weights,
+    edit_cohort,
+    make_batch,
+    make_shard,
+    plan_batches,
+    read_request,
+)
 
 EDITS = ["remove Support Devices", "add Support Devices", "remove Pleural Effusion"]
 OWN = {"edits": EDITS, "num_ddim_steps": 2, "edit_batch_size": 2}
@@ -84,6 +96,72 @@ def test_a_batch_depends_on_the_order_of_hashes_alone(run):
     assert set(few["batch"]) <= set(plan["batch"])
     other = plan_batches(run, request | {"preset": "sdedit"})
     assert not set(other["batch"]) & set(plan["batch"])
+
+
+def test_a_part_made_with_other_weights_or_other_films_is_never_taken_over(
+    run, random_base, tmp_path
+):
+    own, base = shutil.copytree(run, tmp_path / "run"), tmp_path / "base"
+    keys = [set(plan_batches(own, read_request(own, "all", OWN))["batch"])]
+
+    def another():
+        keys.append(set(plan_batches(own, read_request(own, "all", OWN))["batch"]))
+        return not keys[-1] & keys[-2]
+
+    shutil.copytree(random_base, base)
+    write_json(own / "model" / "base.json", {"base_model": str(base), "revision": ""})
+    assert not another()  # the same weights in another place
+    for name in ("vae", "text_encoder", "clip"):
+        (path,) = (base / name).glob("*.safetensors")
+        path.write_bytes(path.read_bytes() + b"?")
+        assert another(), name
+    (base / "README.md").write_text("no weights")
+    assert not another()
+    for change in ({"image_size": 32}, {"fit": "pad"}):
+        cohort = read_json(own / "cohort.json")
+        write_json(own / "cohort.json", cohort | {"settings": cohort["settings"] | change})
+        assert another(), change
+    (own / "model" / "unet" / "config.json").write_text("{}")
+    assert another()
+
+
+def test_a_base_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--someone--model"
+    for name in ("refs/main", *(f"snapshots/{n * 40}/vae/config.json" for n in "ab")):
+        write_text(folder / name, "a" * 40)
+    assert _weights("someone/model", FROZEN) == "a" * 40
+    assert _weights("someone/model", FROZEN, "b" * 40) == "b" * 40
+    with pytest.raises(ModelError, match=r"^cannot look up someone/other: [^\n]*$"):
+        _weights("someone/other", FROZEN)
+
+
+def test_parts_of_another_model_go_once_all_is_there_and_those_of_other_settings_stay(
+    run, tmp_path, monkeypatch, capsys
+):
+    few = SETTINGS | {"max_films": 2}
+    first = edit_cohort(run, tmp_path, **few)
+    old, foreign = (tmp_path / "parts" / name for name in ("00000000-of-another-model", "mine"))
+    write_text(old / "rejected.csv", "film_id,reason\n")
+    foreign.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("prism_nb.shards.make_batch", _unlucky)
+        with pytest.raises(JobsDied):
+            edit_cohort(run, tmp_path, **few | {"preset": "sdedit"})
+    assert old.is_dir()
+    assert not capsys.readouterr().out
+    edit_cohort(run, tmp_path, **few | {"preset": "sdedit"})
+    assert not old.exists()
+    assert foreign.exists()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "  removed       1 batches made with another model, cohort or code"
+    assert said[1] == "  kept          1 batches of other settings, for a call with those"
+    monkeypatch.setattr("prism_nb.shards.load_tools", lambda *_: pytest.fail("nothing is missing"))
+    assert edit_cohort(run, tmp_path, **few).equals(first)
+
+
+def _unlucky(*_):
+    raise ValueError("unlucky")
 
 
 def test_what_is_finished_is_kept_and_more_films_continue(run, tmp_path, monkeypatch):
@@ -210,6 +288,30 @@ def test_when_one_of_two_shards_is_killed_the_same_call_makes_what_is_missing(
     assert not (tmp_path / ".jobs").exists()
 
 
+def test_a_command_that_is_stopped_stops_its_shards_and_goes_on_later(run, whole, tmp_path):
+    pytest.importorskip("submitit")
+    own, out = shutil.copytree(run, tmp_path / "run"), tmp_path / "out"
+    write_json(own / "steps" / "04_edit.json", {"parameters": OWN})
+    command = [sys.executable, "-m", "prism_nb.cli", "edit-cohort", own, "--out", out]
+    command += ["--split", "all", "--shards", "2", "--steps", "2"]
+    stopped = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("parts/[0-9a-f]*")):
+        assert stopped.poll() is None
+        time.sleep(0.01)
+    children = psutil.Process(stopped.pid).children(recursive=True)
+    assert sum(_is_shard(child) for child in children) == 2
+    stopped.terminate()
+    said = stopped.communicate(timeout=30)[1].splitlines()
+    assert said[-1] == "prism-nb: interrupted; the same command continues"
+    assert stopped.returncode == 130
+    assert not [child for child in children if child.is_running()]
+    done = {path: path.stat().st_mtime_ns for path in out.glob("parts/[0-9a-f]*")}
+    assert 0 < len(done) < whole[1]["path"].str.split("/").str[1].nunique()
+    made = edit_cohort(own, out, **SETTINGS)
+    assert made["id"].to_list() == whole[1]["id"].to_list()
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_films_that_cannot_be_read_are_set_aside_and_tried_again(run, tmp_path, batch_size):
     how = SETTINGS | {"max_films": 6, "edit_batch_size": batch_size}
@@ -277,6 +379,17 @@ def test_what_cannot_be_done_is_one_line(run, tmp_path, given, words):
         edit_cohort(run, tmp_path / "out", **given)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["edits/edits.parquet", "rejected.csv"])
+def test_what_a_notebook_wrote_is_not_written_over(run, tmp_path, name):
+    own = shutil.copytree(run, tmp_path / "run")
+    write_text(own / name, "mine")
+    out = (own / name).parent
+    with pytest.raises(ValueError, match=r"has a [a-z.]+ of something else: give another folder"):
+        edit_cohort(own, out, max_films=2, **SETTINGS)
+    assert (own / name).read_text() == "mine"
+    assert not (out / "request.json").exists()
 
 
 def test_a_run_without_model_a_folder_in_use_and_a_missing_submitit(run, tmp_path, monkeypatch):

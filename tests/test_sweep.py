@@ -54,6 +54,20 @@ def test_a_run_a_combination_one_table_and_shared_steps_run_once(road, capsys):
     assert (runs[2] / "report" / "index.html").is_file()
 
 
+def test_a_run_that_failed_shows_no_number_of_the_run_that_it_started_from(road, make_notebook):
+    read = "n = read_json(run.need('inversions/n.json'))\nrun.save_metrics(n=n)\nrun.finish()"
+    write = "\nwrite_json(run.path('inversions/n.json'), run.params.num_ddim_steps)\nrun.finish()"
+    begin = "from prism_nb.files import read_json\n" + BEGIN
+    for name, cell in (("03_invert", INVERT.replace("\nrun.finish()", write)), ("04_edit", read)):
+        path = road.parent / "notebooks" / f"{name}.ipynb"
+        further = "num_ddim_steps: int = 10" if name == "03_invert" else ""
+        make_notebook(path, COMMON + further, f"{begin}run = Run({name!r}, globals())", cell)
+    given = {"notebooks": road.parent / "notebooks", "steps": [*STEPS, "04_edit"]}
+    table, _, failed = sweep(road, ["num_ddim_steps=2,13"], **given)
+    assert "03_invert failed" in failed
+    assert table["04_edit.n"].fillna(0).tolist() == [2, 0]
+
+
 def test_a_linked_run_can_change_without_the_other(road):
     notebooks = road.parent / "notebooks"
     run_one(road, (), notebooks, STEPS, road.parent / "none")
