@@ -288,6 +288,7 @@ def test_what_goes_wrong_is_said_in_one_line(app):
 def test_uploads_good_and_broken(app, bench, monkeypatch):
     monkeypatch.setenv(ROOT_VARIABLE, str(bench.folder.parent))
     app.guidance.value = 9
+
     def upload(content):
         about = {"name": "chest.png", "type": "", "size": len(content)}
         about |= {"last_modified": datetime.datetime.now(), "content": memoryview(content)}
