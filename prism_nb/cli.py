@@ -154,7 +154,7 @@ def edit(
 ) -> None:
     """Edit one film of your own: its counterfactual, its mask, a picture of what changed.
 
-    T must name every finding that the film shows: what it leaves out, the edit may spoil.
+    T must name every finding that the film shows: one that it leaves out spoils the picture.
     """
     with _one_line_errors(ValueError):
         height, width = _film_size(image)  # what is wrong is said before the slow imports

@@ -31,6 +31,10 @@ def test_alone_it_shows_help():
         assert f"  {command} " in said
 
 
+def test_help_of_edit_says_what_its_caption_must_name():
+    assert "T must name every finding that the film shows" in call("edit", "--help")[1]
+
+
 def test_params_lists_type_default_help_and_what_is_allowed():
     code, said, _ = call("params", "02_finetune")
     assert code == 0
