@@ -38,7 +38,8 @@ test: lint browser  ## check style, run the notebooks against their outputs, run
 
 lab: $(READY)  ## open the index of the notebooks in JupyterLab
 	@mkdir -p $(LAB) && echo '$(RENDERED)' > $(LAB)/overrides.json
-	@$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/README.md
+	@$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/README.md \
+		$(if $(filter 0,$(shell id -u)),--allow-root)
 
 lint: $(READY)  ## check style, and that notebooks hold no outputs but the checked ones
 	@$(BIN)/ruff check --quiet && $(BIN)/ruff format --check --quiet

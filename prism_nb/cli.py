@@ -151,21 +151,32 @@ def edit(
     steps: Annotated[int, typer.Option(help="N, steps of DDIM.")] = 20,
     out: Annotated[Path | None, typer.Option(help=".png or .dcm; else IMAGE_edited.png.")] = None,
     bits: Annotated[int, typer.Option(help="Of the written film: 8 or 16.")] = 8,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say of each word whose attention map it takes.")
+    ] = False,
 ) -> None:
-    """Edit one film of your own: its counterfactual, its mask, a picture of what changed."""
+    """Edit one film of your own: its counterfactual, its mask, a picture of what changed.
+
+    T must name every finding that the film shows: one that it leaves out spoils the picture.
+    """
     with _one_line_errors(ValueError):
+        height, width = _film_size(image)  # what is wrong is said before the slow imports
         pair = _caption_pair(name, source, target)
         out = _new_film(out or Path(f"{image.stem}_edited.png"), image, bits)
+        _check_dials(method, preset, steps, guidance)
         loaded, trained, fit = _load_for_edit(model)
         film = _own_film(loaded, image, fit)
-        _explain(loaded, pair, trained)
+        if (height, width) != film.shape:
+            side = f"{len(film)} x {len(film)} px, the model's"
+            print(f"  size          given {width} x {height} px, edited and written at {side}")
+        odd = _explain(loaded, pair, trained, verbose)
         from prism_nb.edits import edit_film
 
         dials = {} if guidance is None else {"guidance_scale": guidance}
         how = {"method": method, "num_steps": steps, "preset": preset}
         edited, recipe = edit_film(loaded, film, *pair, **how, **dials)
         about = {"source": pair[0], "target": pair[1], "mask_area": float(edited.area[0])}
-        about["s_clip"] = _score(loaded, film, edited.films[0], pair)
+        about["s_clip"] = _score(loaded, film, edited.films[0], pair, odd)
         print(f"  mask          {edited.area[0]:.1%} of the film")
         for path in _write_edit(out, film, edited, about | recipe, image, bits):
             print(f"  wrote         {path}")
@@ -173,10 +184,9 @@ def edit(
 
 def _caption_pair(name: str, source: str, target: str) -> tuple[str, str]:
     from prism_nb.edits import PAPER_EDITS
-    from prism_nb.params import nearest
 
+    names = "; ".join(PAPER_EDITS)
     if not name and not (source and target):
-        names = "; ".join(PAPER_EDITS)
         raise ValueError(f"say what to change: --from and --to, or --edit and one of: {names}")
     if not name:
         return source, target
@@ -184,9 +194,14 @@ def _caption_pair(name: str, source: str, target: str) -> tuple[str, str]:
         raise ValueError("--edit stands for --from and --to: give either it or both of those")
     known = {each.lower(): pair for each, pair in PAPER_EDITS.items()}
     if name.lower() not in known:
-        near = nearest(name.lower(), list(known)) or "; ".join(PAPER_EDITS)
-        raise ValueError(f"--edit {name}: not one of the paper's; there is {near}")
+        raise ValueError(f"--edit {name}: not one of the paper's edits; there are: {names}")
     return known[name.lower()]
+
+
+def _film_size(image: Path) -> tuple[int, int]:
+    from prism_nb.images import load_image
+
+    return load_image(image).shape
 
 
 def _new_film(out: Path, image: Path, bits: int) -> Path:
@@ -210,8 +225,35 @@ def _beside(out: Path) -> list[Path]:
     return [out.with_name(f"{out.stem}_{what}.png") for what in ("mask", "difference")]
 
 
+def _check_dials(method: str, preset: str, steps: int, guidance: float | None) -> None:
+    """Refuse wrong names and numbers by what params.py knows, without torch."""
+    from typing import get_args
+
+    from prism_nb.params import Inversion, Preset
+
+    for what, name, known in (("method", method, Inversion), ("preset", preset, Preset)):
+        if name not in ("", *get_args(known)):
+            raise ValueError(f"--{what} {name}: it must be one of {', '.join(get_args(known))}")
+    for what, number, low, high in (("steps", steps, 1, 999), ("guidance", guidance, 0, 50)):
+        if number is not None and not low <= number <= high:
+            raise ValueError(f"--{what} {number}: it must be a number from {low} to {high}")
+
+
+def _is_run(model: str) -> bool:
+    """Whether a model is a run folder's; ValueError where it is neither that nor a base."""
+    folder = Path(model)
+    if not (folder / "cohort.json").is_file():
+        if not (model == "phantom" or folder.is_dir() or "/" in model):
+            raise ValueError(f"--model {model}: no such folder; give a run, phantom or owner/model")
+        return False
+    if not (folder / "model" / "base.json").is_file():
+        raise ValueError(f"{folder} has no model yet: run 02_finetune in it, or give a base model")
+    return True
+
+
 def _load_for_edit(model: str) -> tuple:
     """The model of a run folder or a base, the captions it learned (or None), the film's fit."""
+    own = _is_run(model)
     from transformers.utils import logging
 
     from prism_nb.captions import vocabulary
@@ -219,14 +261,11 @@ def _load_for_edit(model: str) -> tuple:
     from prism_nb.diffusion import load_model
 
     logging.disable_progress_bar()
-    folder = Path(model)
-    if not (folder / "cohort.json").is_file():
+    if not own:
         return load_model(model), vocabulary() if model == "phantom" else None, "pad"
-    if not (folder / "model" / "base.json").is_file():
-        raise ValueError(f"{folder} has no model yet: run 02_finetune in it, or give a base model")
-    cohort = read_cohort(folder)
+    cohort = read_cohort(Path(model))
     train = cohort.table.loc[cohort.table["split"] == "train", "caption"]
-    return load_model(str(folder / "model")), list(train), cohort.settings["fit"]
+    return load_model(f"{model}/model"), list(train), cohort.settings["fit"]
 
 
 def _own_film(model: object, image: Path, fit: str) -> object:
@@ -238,17 +277,26 @@ def _own_film(model: object, image: Path, fit: str) -> object:
     return uint8_to_unit(load_film(image, size, fit))
 
 
-def _explain(model: object, pair: tuple[str, str], trained: list[str] | None) -> None:
+def _explain(
+    model: object, pair: tuple[str, str], trained: list[str] | None, verbose: bool
+) -> list[str]:
+    """Print what T and T' differ in, and warn of words that were never trained: those words."""
     from prism_nb.attention import explain_alignment
     from prism_nb.captions import untrained_words
+    from prism_nb.edits import change_in_words
 
-    new = untrained_words(" ".join(pair), trained) if trained is not None else []
-    if new:
-        print(f"prism-nb: never trained, so of no known effect: {', '.join(new)}", file=sys.stderr)
-    print(explain_alignment(model.tokenizer, *pair))
+    odd = untrained_words(" ".join(pair), trained) if trained is not None else []
+    if odd:
+        print(f"prism-nb: never trained, so of no known effect: {', '.join(odd)}", file=sys.stderr)
+    print(f"  words         {change_in_words(model.tokenizer, *pair)}")
+    if verbose:
+        print(explain_alignment(model.tokenizer, *pair))
+    return odd
 
 
-def _score(model: object, film: object, edited: object, pair: tuple[str, str]) -> float:
+def _score(
+    model: object, film: object, edited: object, pair: tuple[str, str], odd: list[str]
+) -> float:
     from prism_nb.diffusion import ModelError
     from prism_nb.scoring import load_clip
 
@@ -258,7 +306,9 @@ def _score(model: object, film: object, edited: object, pair: tuple[str, str]) -
         print(f"  S_CLIP        not known: {error}")
         return float("nan")
     score = float(scorer.s_clip(film[None], edited[None], *([text] for text in pair))[0])
-    print(f"  S_CLIP        {score:.3f}, {'passes' if score >= 0.1 else 'below'} the paper's 0.1")
+    doubt = f", but never trained: {', '.join(odd)}" if odd else ""
+    against = f"{'passes' if score >= 0.1 else 'below'} the paper's 0.1"
+    print(f"  S_CLIP        {score:.3f}, {against}{doubt}")
     return score
 
 
@@ -326,20 +376,18 @@ def _listed(text: str) -> list[str]:
 
 def _load_for_benchmark(model: str, precision: str) -> tuple:
     """The model of a run folder or a base, and how its captions are worded."""
+    own = _is_run(model)
     from transformers.utils import logging
 
     from prism_nb.cohort import read_cohort
     from prism_nb.diffusion import load_model
 
     logging.disable_progress_bar()
-    folder = Path(model)
-    if not (folder / "cohort.json").is_file():
+    if not own:
         return load_model(model, precision=precision), ()
-    if not (folder / "model" / "base.json").is_file():
-        raise ValueError(f"{folder} has no model yet: run 02_finetune in it, or give a base model")
-    settings = read_cohort(folder).settings
+    settings = read_cohort(Path(model)).settings
     words = settings["template"], settings["negatives"]
-    return load_model(str(folder / "model"), precision=precision), words
+    return load_model(f"{model}/model", precision=precision), words
 
 
 @app.command()
@@ -420,9 +468,10 @@ def plan(
     """Say what a profile will need, memory, disk and hours, and what to change to fit."""
     with _one_line_errors(ValueError):
         from prism_nb.execute import prepare
-        from prism_nb.planner import REACHED, Plan, advice
 
         values = prepare(profile, settings=tuple(settings or ())).values
+        from prism_nb.planner import REACHED, Plan, advice  # slow: a wrong profile is said before
+
         found = Plan(values, gpus, tflops, films)
         print(f"{found.num_films:,} films of {found.side} px, {gpus or 'no'} GPUs")
         device = "a GPU" if gpus else "main memory"

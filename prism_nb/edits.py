@@ -4,7 +4,7 @@ A plan has one row an edit: film_id, patient_id, split, edit, finding, present, 
 (the captions T and T'), row (the film's position). On disk `edits/` holds a PNG a film, marked
 SYNTHETIC, its mask in one bit, and `edits.parquet`: the plan's columns, how it was made (`recipe`),
 mask_area, s_clip, kept, reason, path, mask_path. Films (B, H, W) in [0, 1]. Used by notebooks 04,
-05, 06 and by `prism-nb edit`.
+05, 06 and by `prism-nb edit`, which wants the plan's words without waiting for torch.
 """
 
 import json
@@ -18,12 +18,9 @@ from PIL import Image, PngImagePlugin
 
 from prism_nb import phantom
 from prism_nb.captions import PromptError, prompt_pair
-from prism_nb.diffusion import encode_films
-from prism_nb.editing import PRESETS, choose, edit
 from prism_nb.files import atomic_path, plain
 from prism_nb.findings import FINDINGS, finding_from, slug
 from prism_nb.images import load_image, save_png, uint8_to_unit, unit_to_uint8
-from prism_nb.inversion import invert
 
 PLAN = ("film_id", "patient_id", "split", "edit", "finding", "present", "source", "target", "row")
 OWN = "PRISM"  # the method's name in tables
@@ -134,6 +131,8 @@ def recipe(inversion, preset, **dials):
 
     With film_id, source (T) and target (T') that is all it takes to make the edit again.
     """
+    from prism_nb.editing import choose
+
     values = plain(asdict(choose(preset, dials)))
     values = {k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in values.items()}
     about = {"inversion": inversion.method, "num_steps": inversion.num_steps}
@@ -156,6 +155,10 @@ def edit_film(
 
     method: of the inversion, by default the preset's. Errors are those of `invert` and `edit`.
     """
+    from prism_nb.diffusion import encode_films
+    from prism_nb.editing import PRESETS, choose, edit
+    from prism_nb.inversion import invert
+
     choose(preset, dials)  # a wrong dial is said before the slow part
     how = PRESETS[preset].inversion
     how = {"method": method} if method and method != how["method"] else how
@@ -163,6 +166,15 @@ def edit_film(
     inversion = invert(model, z0, [film_id], [source], num_steps=num_steps, **how)
     edited = edit(model, inversion, film[None], [0], [target], preset=preset, **dials)
     return edited, recipe(inversion, preset, **dials)
+
+
+def change_in_words(tokenizer, source, target):
+    """What tells T' from T, in one line: "gone: edema; new: nothing"."""
+    from prism_nb.editors import changed_words
+
+    both = changed_words(tokenizer, source, target)
+    gone, new = (" ".join(word.text for word in words) or "nothing" for words in both)
+    return f"gone: {gone}; new: {new}"
 
 
 def save_edits(folder, plan, edited, table, floors, provenance, peers=None):

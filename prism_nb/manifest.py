@@ -8,6 +8,7 @@ Used by `prism-nb run` and `prism-nb status`, by no notebook.
 """
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -218,16 +219,18 @@ def leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _imports(source: str, path: Path | None = None) -> Iterable[str]:
+@functools.cache  # every notebook of a run reaches the same modules
+def _imports(source: str, path: Path | None = None) -> list[str]:
+    names: list[str] = []
     package = ("prism_nb", *(path.relative_to(PACKAGE).parts[:-1] if path else ()))
     for node in ast.walk(_parsed(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             name = ".".join((*base, *((node.module,) if node.module else ())))
-            yield name
-            yield from (f"{name}.{alias.name}" for alias in node.names)
+            names += [name, *(f"{name}.{alias.name}" for alias in node.names)]
+    return names
 
 
 def _module_file(name: str) -> Path | None:
@@ -248,6 +251,7 @@ def _parsed(source: str) -> ast.Module:
         return ast.Module(body=[], type_ignores=[])
 
 
+@functools.cache
 def _normal(source: str) -> str:
     tree = _parsed(source)
     return ast.dump(tree) if tree.body else source

@@ -1,6 +1,6 @@
 """The run folder, as a notebook sees it: parameters, inputs, outputs, the record of success.
 
-    run = Run("03_invert", globals())   # checks the parameters, makes runs/<name>
+    run = Run("03_invert", globals())   # checks the parameters, finds runs/<name>
     model = load(run.need("model"))     # or a one-line error that names the notebook to run
     run.save_table(frame, "reconstruction"); run.save_metrics(psnr=31.2)
     run.finish()                        # the step record: nothing else counts as success
@@ -104,7 +104,10 @@ class Run:
     """One notebook's view of its run folder."""
 
     def __init__(self, notebook: str, namespace: dict) -> None:
-        """Take the declared parameters from a namespace, check them, make the folder."""
+        """Take the declared parameters from a namespace, check them, find the folder.
+
+        What is written makes the folder, so that a notebook run too early leaves none behind.
+        """
         self.notebook = notebook_name(notebook)
         self.step = STEPS[self.notebook]
         _refuse_unknown_injected(namespace)
@@ -114,7 +117,6 @@ class Run:
         paths = {k: resolve_path(k, getattr(params, k), root) for k in PATH_KEYS if k in fields}
         self.params = params.model_copy(update=paths)
         self.folder = (root / Path(params.run_dir).expanduser()).resolve()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.token = os.environ.get(TOKEN_VARIABLE, "")
         self._started = time.monotonic()
         self._saved: set[str] = set()
@@ -125,13 +127,24 @@ class Run:
         if not _covered(name, self.step.reads):
             raise ValueError(f"{self.notebook} does not declare that it reads {name}; see STEPS")
         path, writer = self.folder / name, _writer(name)
-        shown = f"{self.params.run_dir}/{name}"
-        how = f"run notebooks/{writer}.ipynb first (prism-nb run PROFILE --only {writer})"
-        if not path.exists():
-            raise MissingInput(f"{shown} is missing: {how}")
-        if not record_path(self.folder, writer).exists():
-            raise MissingInput(f"{shown} is incomplete, {writer} did not finish: {how}")
-        return path
+        if path.exists() and record_path(self.folder, writer).exists():
+            return path
+        what = f"is incomplete, {writer} did not finish" if path.exists() else "is missing"
+        remedy = f"run notebooks/{writer}.ipynb first ({self._command()} --only {writer})"
+        runs = sorted(self.folder.parent.glob("*/"))
+        runs = [r for r in runs if (r / name).exists() and record_path(r, writer).exists()]
+        there = [str(Path(self.params.run_dir).with_name(run.name)) for run in runs[:3]]
+        remedy += f"; or set run_dir, to a run that has it: {', '.join(there)}" if there else ""
+        raise MissingInput(f"{self.params.run_dir}/{name} {what}: {remedy}")
+
+    def _command(self) -> str:
+        """How to run this folder's profile, as far as it is known."""
+        root = project_root()
+        stem = os.environ.get(PROFILE_VARIABLE) or self.folder.name
+        if self.folder.parent != root / "runs" or not (root / f"params/{stem}.yaml").is_file():
+            return "prism-nb run PROFILE"
+        name = "" if stem == self.folder.name else f" --name {self.folder.name}"
+        return f"prism-nb run params/{stem}.yaml{name}"
 
     def path(self, name: str) -> Path:
         """Path of an output in the run folder; its parent folder exists."""

@@ -21,7 +21,7 @@ from prism_nb import workbench
 from prism_nb.attention import explain_alignment
 from prism_nb.captions import PromptError, untrained_words
 from prism_nb.editing import PRESETS
-from prism_nb.editors import changed_words
+from prism_nb.edits import change_in_words
 from prism_nb.findings import FINDINGS, PRESENT, slug
 from prism_nb.images import unit_to_uint8
 from prism_nb.inversion import METHODS
@@ -32,6 +32,7 @@ FILM, WIPE = "film", "original | counterfactual"
 PANELS = (FILM, WIPE, "difference", "mask", "true counterfactual", "true difference")
 MASKS = [("automatic", "auto"), ("none: the whole film", "none"), ("a box", "box")]
 MOST_FILMS, MOST_EDITS, SMALL = 60, 12, 72  # thumbnails at once, history, pixels of a thumbnail
+CHOSEN = "#d55e00"
 
 
 class Cancelled(Exception):
@@ -136,8 +137,10 @@ class Studio:
         self._take(film)
         if result := workbench.stored(self.bench, film):
             self.recall(result)
-        else:
-            self._set_texts(*next(iter(self.choices.values())))
+        else:  # what a film of one's own shows only its owner can say
+            own = film not in self.table.index
+            self._set_dials({"preset": "default", "num_steps": self.bench.inverted.num_steps})
+            self._set_texts(*(("", "") if own else next(iter(self.choices.values()))))
             self.show(None)
 
     def recall(self, result):
@@ -203,7 +206,18 @@ class Studio:
         self.bar.value = done / total
 
     def _busy(self, busy):
-        self.go.disabled, self.cancel.disabled, self.bar.value = busy, not busy, 0
+        self.cancel.disabled, self.bar.value = not busy, 0
+        self._allow()
+
+    def _allow(self):
+        """An edit can be made when none is being made and T and T' are written."""
+        written = self.source.value.strip() and self.target.value.strip()
+        self.go.disabled = not (written and self.cancel.disabled)
+
+    def _mark(self):
+        """Frame the chosen film in the strip."""
+        for film, thumbnail in self.thumbnails.items():
+            thumbnail.layout.border = f"3px solid {CHOSEN if film == self.film else 'transparent'}"
 
     def _try(self, act, *arguments):
         try:
@@ -219,6 +233,7 @@ class Studio:
             if film not in self.thumbnails:
                 picture, act = workbench.film_of(self.bench, film), self.choose_film
                 self.thumbnails[film] = _thumbnail(picture, film, partial(self._try, act, film))
+        self._mark()
         self.films.children = [self.thumbnails[film] for film in films]
 
     def _take_upload(self):
@@ -236,6 +251,7 @@ class Studio:
         self.film, self.factual = film, workbench.film_of(self.bench, film)
         self.choices = workbench.choices(self.bench, film)
         self.edit.options = [OWN_WORDS, *self.choices]
+        self._mark()
 
     def _choose_edit(self):
         pair = self.choices.get(self.edit.value)
@@ -254,14 +270,14 @@ class Studio:
         names = (name for name, known in self.choices.items() if known == pair)
         self.edit.value = next(names, OWN_WORDS)
         tokenizer = self.bench.model.tokenizer
+        self._allow()
         try:
-            gone, new = changed_words(tokenizer, *pair)
+            change = change_in_words(tokenizer, *pair)
             lines = explain_alignment(tokenizer, *pair)
         except PromptError as error:
             self.words.value = _line(error, bad=True)
             return
-        gone, new = (" ".join(word.text for word in words) or "nothing" for words in (gone, new))
-        text = f"<details><summary>gone: {escape(gone)}; new: {escape(new)}</summary>"
+        text = f"<details><summary>{escape(change)}</summary>"
         odd = untrained_words(" ".join(pair), self.bench.trained)
         warning = _line(f"never trained, so of no known effect: {', '.join(odd)}", bad=True)
         self.words.value = f"{text}<pre>{escape(lines)}</pre></details>{warning if odd else ''}"
@@ -304,7 +320,7 @@ class Studio:
 
     def _save(self):
         path = workbench.save_pair(self.bench, self.result)
-        self.say(f"saved {path.relative_to(self.bench.folder.parent)}, and its films beside it")
+        self.say(f"saved {workbench.shown(path)}, and its films beside it")
 
     def _copy(self):
         self.code.value = workbench.as_code(self.bench, self.result)

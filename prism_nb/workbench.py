@@ -213,14 +213,19 @@ def save_pair(bench, result):
 
 def as_code(bench, result):
     """A cell that makes the same edit again without a widget."""
-    root, folder = project_root(), bench.folder
-    run = (folder.relative_to(root) if folder.is_relative_to(root) else folder).as_posix()
+    run = shown(bench.folder)
     precision = "bf16" if "bfloat16" in str(bench.model.dtype) else "fp32"
     lines = ["from prism_nb.workbench import make_edit, prepare, save_pair", ""]
     lines += [f"bench = prepare({run!r}, precision={precision!r})"]
     lines += ["result = make_edit(", "    bench,"]
     lines += [f"    {name}={value!r}," for name, value in result.call.items()]
     return "\n".join([*lines, ")", "save_pair(bench, result)"])
+
+
+def shown(path):
+    """A path as from the project root, where it lies in it: "runs/phantom"."""
+    root = project_root()
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
 def _area(bench, area):

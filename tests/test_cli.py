@@ -40,6 +40,10 @@ def test_alone_it_shows_help():
         assert f"  {command} " in said
 
 
+def test_help_of_edit_says_what_its_caption_must_name():
+    assert "T must name every finding that the film shows" in call("edit", "--help")[1]
+
+
 def test_params_lists_type_default_help_and_what_is_allowed():
     code, said, _ = call("params", "02_finetune")
     assert code == 0
@@ -113,6 +117,10 @@ def test_edit_writes_film_mask_and_difference_and_says_how(film, random_base):
     given = ["--model", random_base, "--steps", 2, "--guidance", 3, "--out", out]
     code, said, error = call("edit", film, *words, *given)
     assert code == 0, error
+    assert "size          given 96 x 80 px, edited and written at 64 x 64 px, the model's\n" in said
+    assert "words         gone: edema; new: a stent\n" in said
+    assert "takes the map of" not in said
+    code, said, error = call("edit", film, *words, *given, "--verbose")
     for line in ("takes the map of", "(gone)", "S_CLIP", "mask ", f"wrote         {out}"):
         assert line in said
     assert "stent (4 tokens)        none: keeps its own" in said  # a word, not its letters
@@ -202,10 +210,11 @@ def test_edit_takes_a_run_warns_of_new_words_and_needs_its_model(film, random_ba
     assert "has no model yet: run 02_finetune" in error
     save_unet(load_model(str(random_base), device="cpu"), run / "model")
     out = tmp_path / "new" / "it.png"
-    code, _, error = call("edit", film, *words, "--model", run, "--out", out)
+    code, said, error = call("edit", film, *words, "--model", run, "--out", out)
     assert code == 0, error
     assert "prism-nb: never trained, so of no known effect: " in error
     assert "stent" in error
+    assert "paper's 0.1, but never trained: a, stent\n" in said
     assert out.exists()
 
 
@@ -214,15 +223,15 @@ def test_edit_takes_a_run_warns_of_new_words_and_needs_its_model(film, random_ba
     [
         ([], "--from and --to, or --edit and one of: remove Support Devices;"),
         (["--from", "chest x-ray"], "--from and --to, or --edit"),
-        (["--edit", "remove devices"], "there is remove support devices"),
+        (["--edit", "remove devices"], "there are: remove Support Devices; remove"),
         (["--edit", "remove Cardiomegaly", "--to", "x"], "give either it or both of those"),
         (["--edit", "remove Cardiomegaly", "--out", "x.jpg"], "in .png or .dcm"),
         (["--edit", "remove Cardiomegaly", "--bits", 12], "--bits 12: it must be 8 or 16"),
-        (["--edit", "remove Cardiomegaly", "--model", "nowhere"], "no such folder; give phantom"),
-        (["--edit", "remove Cardiomegaly", "--preset", "prisma"], "the nearest is 'prism'"),
-        (["--edit", "remove Cardiomegaly", "--method", "dirct"], "the nearest is 'direct'"),
+        (["--edit", "remove Cardiomegaly", "--model", "nowhere"], "no such folder; give a run,"),
+        (["--edit", "remove Cardiomegaly", "--preset", "prisma"], "one of default, prism, sdedit"),
+        (["--edit", "remove Cardiomegaly", "--method", "dirct"], "one of ddim, fixed_point"),
         (["--edit", "remove Cardiomegaly", "--guidance", 99], "a number from 0 to 50"),
-        (["--edit", "remove Cardiomegaly", "--steps", 0], "num_steps is 0"),
+        (["--edit", "remove Cardiomegaly", "--steps", 0], "--steps 0: it must be"),
     ],
 )
 def test_what_edit_cannot_do_is_exit_2_and_one_line(film, random_base, given, words):
@@ -231,6 +240,22 @@ def test_what_edit_cannot_do_is_exit_2_and_one_line(film, random_base, given, wo
     assert code == 2
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_wrong_names_paths_and_numbers_are_said_before_the_slow_imports(film):
+    script = f"""
+import sys
+from typer.testing import CliRunner
+from prism_nb.cli import app
+edit = ["edit", {str(film)!r}, "--edit", "remove Cardiomegaly"]
+for given in (["edit", "nowhere.png"], edit[:2], edit[:3] + ["lumps"], edit + ["--preset", "x"],
+              edit + ["--guidance", "99"], edit + ["--steps", "0"], edit + ["--model", "nowhere"],
+              ["plan", "nowhere.yaml"], ["status", "nowhere"]):
+    assert CliRunner().invoke(app, given).exit_code == 2, given
+print(*sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"torch", "diffusers", "transformers"} & set(run.stdout.split())
 
 
 def test_a_film_that_cannot_be_read_or_would_be_overwritten_is_named(film, random_base, tmp_path):

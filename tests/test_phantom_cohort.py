@@ -339,6 +339,13 @@ def test_the_command_refuses_bad_input_in_one_line(tmp_path, capsys, options, sa
     assert not (tmp_path / "new").exists()
 
 
+def test_the_command_names_a_run_of_its_own(tmp_path, capsys):
+    options = ["--out", str(tmp_path / "phantom"), "--patients", "1", "--size", "64"]
+    assert main([*options, "--workers", "0"]) == 0
+    run = f"params/phantom.yaml --name phantom_1 --set csv={tmp_path}/phantom/"
+    assert f"next: prism-nb run {run}" in capsys.readouterr().out
+
+
 def test_a_disk_that_refuses_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert main(["--out", str(tmp_path / "file" / "new"), "--patients", "1", "--size", "64"]) == 1

@@ -34,7 +34,6 @@ def test_parameters_come_from_the_namespace_checked(folder):
     run = start(folder, num_ddim_steps="1e1", seed=7, guidance_scale="another notebook's")
     assert (run.params.num_ddim_steps, run.params.seed, run.params.num_test_films) == (10, 7, 12)
     assert run.folder == folder
-    assert folder.is_dir()
     with pytest.raises(ParamError, match="num_ddim_steps = 0: allowed is from 1, up to 999"):
         start(folder, num_ddim_steps=0)
 
@@ -74,13 +73,31 @@ def test_a_missing_input_names_the_notebook_to_run(folder):
     run = start(folder)
     with pytest.raises(MissingInput, match=r"model is missing: run notebooks/02_finetune\.ipynb"):
         run.need("model")
-    (folder / "model").mkdir()
+    (folder / "model").mkdir(parents=True)
     with pytest.raises(MissingInput, match=r"model is incomplete, 02_finetune did not finish"):
         run.need("model")
     start(folder, "02_finetune").finish()
     assert run.need("model") == folder / "model"
     with pytest.raises(ValueError, match="does not declare that it reads edits"):
         run.need("edits")
+
+
+def test_a_missing_input_names_the_runs_that_have_it_and_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path))
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "smoke.yaml").touch()
+    for name in ("done", "begun"):
+        write_json(tmp_path / "runs" / name / "cohort.json", {})
+    Run("01_caption", {"run_dir": "runs/done"}).finish()
+    with pytest.raises(MissingInput) as error:
+        Run("04_edit", {}).need("cohort.json")
+    command = "prism-nb run params/smoke.yaml --only 01_caption"
+    assert f"({command}); or set run_dir, to a run that has it: runs/done" in str(error.value)
+    assert "begun" not in str(error.value)
+    assert not (tmp_path / "runs" / "smoke").exists()
+    monkeypatch.setenv("PRISM_NB_PROFILE", "smoke")
+    with pytest.raises(MissingInput, match=r"params/smoke\.yaml --name begun --only 01_caption"):
+        Run("04_edit", {"run_dir": "runs/begun"}).need("cohort.json")
 
 
 def test_every_input_is_written_by_an_earlier_notebook():
@@ -171,7 +188,7 @@ def test_a_full_disk_is_not_a_success(folder):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     run = start(folder)
-    (folder / "steps").mkdir()
+    (folder / "steps").mkdir(parents=True)
     os.symlink("/dev/full", folder / "steps" / "03_invert.json")
     run.finish()  # the rename replaces the link, whatever it pointed at
     assert read_json(record_path(folder, "03_invert"))["notebook"] == "03_invert"

@@ -15,6 +15,7 @@ from prism_nb.editing import edit
 from prism_nb.edits import PAPER_EDITS
 from prism_nb.files import read_json
 from prism_nb.images import uint8_to_unit
+from prism_nb.run import ROOT_VARIABLE
 from prism_nb.workbench import as_code, film_of, make_edit, prepare, receive, save_pair, stored
 
 
@@ -275,7 +276,7 @@ def test_what_goes_wrong_is_said_in_one_line(app):
     app.method.value = "direct"
     assert "tuned: after null_text only" in press(app)
     app.target.value = ""
-    assert "a target caption is empty" in press(app)
+    assert app.go.disabled, "nothing to edit without T'"
     app.target.value = "chest x-ray with a blob"
     assert "never trained" in app.words.value
     assert app.edit.value == studio.OWN_WORDS
@@ -284,7 +285,10 @@ def test_what_goes_wrong_is_said_in_one_line(app):
     assert not app.go.disabled
 
 
-def test_uploads_good_and_broken(app):
+def test_uploads_good_and_broken(app, bench, monkeypatch):
+    monkeypatch.setenv(ROOT_VARIABLE, str(bench.folder.parent))
+    app.guidance.value = 9
+
     def upload(content):
         about = {"name": "chest.png", "type": "", "size": len(content)}
         about |= {"last_modified": datetime.datetime.now(), "content": memoryview(content)}
@@ -296,6 +300,11 @@ def test_uploads_good_and_broken(app):
     assert app.film.startswith("studio/own_")
     assert shown(app) == [studio.FILM]
     assert app.save.disabled
+    assert (app.edit.value, app.source.value, app.target.value) == (studio.OWN_WORDS, "", "")
+    assert app.go.disabled, "what it shows is not known"
+    assert app.guidance.value == 2, "as the preset has it"
+    app.edit.value = "remove Support Devices"
+    assert not app.go.disabled
     assert "done in" in press(app)
     app.save.click()
     assert "saved run/studio/001_own_" in app.status.value
@@ -316,4 +325,6 @@ def test_dials_follow_the_preset_and_films_the_filter(app, bench):
     has = (app.table[app.finding.value] == 1).sum()
     assert len(app.films.children) == has
     app.films.children[-1].children[1].click()
+    marked = [thumbnail.layout.border_top for thumbnail in app.films.children]
+    assert [studio.CHOSEN in border for border in marked] == [False] * (has - 1) + [True]
     assert app.film in app.films.children[-1].children[1].tooltip

@@ -64,7 +64,8 @@ def main(arguments=None):
     except KeyboardInterrupt:
         return _failed("interrupted; the same command continues", 130)
     print(f"{options.patients} films in {options.out}: {labels.name}, train/, masks/, {SIDECAR}")
-    print(f"next: prism-nb run params/phantom.yaml --set csv={labels}")
+    name = f"phantom_{options.patients}"  # a run of its own, beside that of the profile
+    print(f"next: prism-nb run params/phantom.yaml --name {name} --set csv={labels}")
     return 0
 
 
