@@ -77,7 +77,7 @@ STEPS: dict[str, Step] = {
         writes=("edits",),
     ),
     "05_evaluate": Step(
-        reads=(*COHORT, "edits"),
+        reads=(*COHORT, "model", "inversions", "edits"),
         writes=("classifiers", "tables/table2.csv"),
     ),
     "06_augment": Step(
