@@ -332,7 +332,8 @@ def check_goals(differences, levels=None):
         goals.append((goal, _points(others.loc[name]), others["mean"][name] > 0))
     goals.append(("no loss beyond 1 point i.i.d.", _points(iid), iid["mean"] >= -0.01))
     if levels is not None and len(levels):
-        free = levels[(levels["level"] < NO_LINK) & (levels["measure"] == "worst group")]
+        weakest = levels["level"] == levels["level"].min()
+        free = levels[weakest & (levels["level"] < NO_LINK) & (levels["measure"] == "worst group")]
         free = free.set_index(["arm", "baseline"]).reindex([(own, "plain")]).iloc[0]
         if not np.isnan(free["mean"]):
             goals.append(("no gain without a link", _points(free), not free["low"] > 0))

@@ -232,6 +232,8 @@ def test_goals_are_checked_both_ways():
     gains_anyway = differences(0.1, 0.02, 0.2, 0.0, 0.0, level=0.567)
     bad = a.check_goals(differences(0.08, 0.05, 0.15, 0.09, -0.02), gains_anyway)
     assert bad["met"].tolist() == [False] * 5
+    both = pd.concat([free, differences(0.1, 0.02, 0.2, 0.0, 0.0, level=0.57)])
+    assert a.check_goals(differences(0.12, 0.05, 0.15, 0.02, 0.0), both)["met"].all()  # the lower
     untold = a.check_goals(differences(0.12, -0.01, -0.1, 0.02, 0.0))
     assert untold["met"].tolist() == [False, True, True]  # no ceiling to reach, no sweep
 
