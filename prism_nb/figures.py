@@ -19,11 +19,15 @@ DIFFERENCE = {"cmap": "RdBu_r", "vmin": -0.5, "vmax": 0.5}
 FILM = {"cmap": "gray", "vmin": 0, "vmax": 1}
 ABSOLUTE = {"cmap": "magma", "vmin": 0, "vmax": 0.2}
 MARKERS = "osD^vPX<>*"  # beside its colour, a shape of its own
+RULE = {"color": "k", "lw": 1.8, "ls": "--", "zorder": 1.5}  # to be told from the grid's lines
 NAMES = {  # as a reader knows them, where that differs from the name in the tables
     "VAE": "VAE alone",
     "inversion": "inverted and back",
     "sdedit": "SDEdit",
     "ledits++": "LEDITS++",
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "bdia": "BDIA",
     "cpg": "signed CPG",
     "tea_effectiveness": "effectiveness: 0 nothing, 1 the true change",
     "points": "points of accuracy",
@@ -40,6 +44,11 @@ def use_style():
         {"figure.dpi": 90, "axes.titlesize": "medium", "figure.constrained_layout.use": True}
     )
     pd.set_option("display.max_colwidth", 120)
+
+
+def readable(text):
+    """A method, arm or measure as a reader knows it."""
+    return NAMES.get(text, text if " " in text else text.replace("_", " "))
 
 
 def plot_films(films, titles=None, columns=6, size=1.9):
@@ -84,7 +93,7 @@ def plot_phantom(patient, size=256):
         "effusion": [({"effusion_ml": ml}, f"{ml} ml") for ml in volumes],
         "heart": [({"heart_ratio": r}, f"heart / thorax {r:.2f}") for r in ratios],
         "devices": [
-            (dict.fromkeys(kinds[:n], 1), "+ " + _name(kinds[n - 1]) if n else "none")
+            (dict.fromkeys(kinds[:n], 1), "+ " + readable(kinds[n - 1]) if n else "none")
             for n in range(len(kinds) + 1)
         ],
     }
@@ -157,7 +166,7 @@ def plot_levels(levels, losses, size=3.6):
         reach = 1.96 * change.std(axis=0, ddof=1) / np.sqrt(len(change)) if len(change) > 1 else 0
         look = {"fmt": f"{MARKERS[number]}-", "color": f"C{number}", "capsize": 2}
         axes[1].errorbar(levels, change.mean(axis=0), reach, label=name, **look)
-    axes[1].axhline(0, color="k", lw=0.7, ls="--")
+    axes[1].axhline(0, **RULE)
     axes[0].set(ylabel="noise-prediction error (MSE)", yscale="log")
     axes[0].set_title(f"Validation films by timestep, n = {len(before)}")
     axes[1].set(ylabel=f"change against {first} (%)", title="Change, 95 % interval over films")
@@ -173,7 +182,7 @@ def plot_pairs(rows, headers, titles=None, size=1.9):
     for r, row in enumerate(rows):
         for ax, film in zip(axes[r], row, strict=True):
             ax.imshow(_unit(film), **FILM)
-        _head(axes[r], [_name(header) for header in headers], r)
+        _head(axes[r], [readable(header) for header in headers], r)
         if titles is not None:
             axes[r, 0].set_ylabel(_wrap(titles[r], 24), fontsize=8)
     return axes
@@ -221,8 +230,8 @@ def plot_edits(factual, counterfactual, titles, masks=None, truth=None, size=1.9
 def plot_doses(factual, films, doses, response, truth=None, size=1.9):
     """One film under rising doses of an edit, what each changed, and the response to the dose.
 
-    factual (H, W); films (D, H, W); response (D,): mean signed change where it is looked for, of
-    which `truth` is the true value.
+    factual (H, W); films (D, H, W); response (D,): mean signed change of the pixels that truly
+    change, of which `truth` is the true value; without a truth, of those inside the mask.
     """
     factual, films = _unit(factual), _unit(films)
     fig = plt.figure(figsize=(size * len(films), size * 3.6))
@@ -238,8 +247,9 @@ def plot_doses(factual, films, doses, response, truth=None, size=1.9):
     curve = fig.add_subplot(grid[2, :])
     curve.plot(doses, response, "o-", label="the edit")
     if truth is not None:
-        curve.axhline(truth, color="k", ls="--", lw=1, label="the true counterfactual")
-    curve.set(xlabel="guidance scale w", ylabel="mean change where\nit should be", xticks=doses)
+        curve.axhline(truth, **RULE, label="the true counterfactual")
+    where = "inside the mask" if truth is None else "of the pixels\nthat truly change"
+    curve.set(xlabel="guidance scale w", ylabel=f"mean change {where}", xticks=doses)
     curve.legend(fontsize=8, loc="best")
     return axes
 
@@ -247,10 +257,17 @@ def plot_doses(factual, films, doses, response, truth=None, size=1.9):
 def plot_scores(frame, minimum, ax=None):
     """Distribution of S_CLIP an edit, with the filter's threshold."""
     ax = ax or plt.subplots(figsize=(7, 3.6))[1]
-    frame = frame.assign(edit=_counted(frame["edit"]))
-    look = {"x": "s_clip", "y": "edit", "hue": "split", "dodge": True, "alpha": 0.7}
-    sns.stripplot(frame, **look, ax=ax)
-    ax.axvline(minimum, color="k", lw=1, ls="--", label=f"filter, {minimum:g}")
+    counted = _counted(frame["edit"])
+    place = {edit: number for number, edit in enumerate(dict.fromkeys(counted))}
+    spread, splits = np.random.default_rng(0), frame["split"].unique()  # equal data, equal bytes
+    for number, split in enumerate(splits):
+        own = frame["split"] == split
+        y = counted[own].map(place) + _beside(number, len(splits))
+        y += spread.uniform(-0.1, 0.1, len(y))
+        ax.plot(frame["s_clip"][own], y, MARKERS[number], ms=5, alpha=0.7, label=split)
+    ax.axvline(minimum, **RULE, label=f"filter, {minimum:g}")
+    ax.set(yticks=range(len(place)), yticklabels=list(place), ylim=(len(place) - 0.5, -0.5))
+    ax.grid(False, axis="y")
     ax.set(xlim=(-1, 1), xlabel="S_CLIP (Eq. 1); the filter keeps what lies right of the line")
     ax.set(ylabel="", title="Score of every edit")
     _legend(ax)
@@ -269,8 +286,8 @@ def plot_methods(table, value, title, ax=None):
         counted = f", n = {part['n'].max():.0f}" if "n" in part else ""
         look = {"fmt": MARKERS[e % len(MARKERS)], "ms": 5, "capsize": 2, "color": f"C{e}"}
         ax.errorbar(part[value].to_numpy(float), y, xerr=reach, label=f"{edit}{counted}", **look)
-    ax.set(yticks=range(len(methods)), yticklabels=[_name(method) for method in methods])
-    ax.set(xlabel=f"{_name(value)} (mean, 95 % interval)", title=title)
+    ax.set(yticks=range(len(methods)), yticklabels=[readable(method) for method in methods])
+    ax.set(xlabel=f"{readable(value)} (mean, 95 % interval)", title=title)
     ax.set_ylim(len(methods) - 0.5, -0.5)
     ax.grid(False, axis="y")
     for between in range(1, len(methods)):
@@ -295,10 +312,11 @@ def plot_predictions(factual, counterfactual, heads, titles, truth=None, size=2.
         bars.barh(y - 0.2, p, 0.38, color="C0", label="original")
         bars.barh(y + 0.2, p_cf, 0.38, color="C1", label="counterfactual")
         bars.set(xlim=(0, 1), yticks=y, yticklabels=heads)
-        bars.axvline(0.5, color="k", lw=0.7, ls="--")
+        bars.axvline(0.5, **RULE)
         for labels, side in zip(truth[r] if truth else (), (-0.2, 0.2), strict=False):
             name = "label" if side < 0 else None
-            bars.plot(labels, y + side, "kD", ms=3.5, ls="none", clip_on=False, label=name)
+            look = {"ms": 7, "mec": "w", "clip_on": False, "zorder": 5}
+            bars.plot(labels, y + side, "kD", **look, label=name)
         bars.invert_yaxis()
         bars.tick_params(labelsize=8, labelbottom=r == len(factual) - 1)
         for ax in axes[r, :2]:
@@ -323,7 +341,7 @@ def plot_arms(frame, value="accuracy", ax=None):
         x = pd.Series(np.arange(len(groups)) + _beside(a, len(arms)), groups)
         reach = _reach(mean[value], mean["low"], mean["high"]) if bounds else None
         look = {"fmt": MARKERS[a % len(MARKERS)], "ms": 6, "lw": 1, "color": f"C{a}"}
-        ax.errorbar(x, mean[value], reach, label=_name(arm), **look)
+        ax.errorbar(x, mean[value], reach, label=readable(arm), **look)
         ax.plot(x[own["group"]], own[value], "k.", ms=3, alpha=0.5)
     sizes = frame.groupby("group")["n"].max() if "n" in frame else {}
     named = [_wrap(g, 20) + (f"\nn = {sizes[g]}" if g in sizes else "") for g in groups]
@@ -348,10 +366,10 @@ def plot_sweep(levels, size=4.2):
         rows, mark = rows.sort_values("level"), MARKERS[(number + 1) % len(MARKERS)]
         look = {"fmt": f"{mark}-", "ms": 5, "color": f"C{number}"}
         x = rows["level"] + 0.03 * _beside(number, arms)  # so that intervals do not hide each other
-        axes[0].errorbar(x, rows["accuracy"], label=_name(arm), **look)
+        axes[0].errorbar(x, rows["accuracy"], label=readable(arm), **look)
         reach = _reach(rows["mean"], rows["low"], rows["high"])
         axes[1].errorbar(x, 100 * rows["mean"], 100 * reach, capsize=2, **look)
-    axes[1].axhline(0, color="k", lw=0.7, ls="--")
+    axes[1].axhline(0, **RULE)
     axes[0].set(ylabel="accuracy in the worst group", ylim=(0, 1.02))
     axes[0].set_title(f"Worst group, n = {part['films'].max():.0f} films a level")
     axes[1].set(ylabel="points of accuracy", title="Gain over plain, 95 % interval")
@@ -401,8 +419,8 @@ def plot_filter(own, minimum, ylabel, ax=None):
     ax = ax or plt.subplots(figsize=(6.8, 4.2))[1]
     own = own.assign(edit=_counted(own["edit"]))
     sns.scatterplot(own, x="s_clip", y="error", hue="edit", style="edit", ax=ax)
-    ax.axvline(minimum, color="k", lw=1, ls="--")
-    ax.axhline(1, color="k", lw=0.7, ls=":")
+    ax.axvline(minimum, **RULE)
+    ax.axhline(1, **RULE | {"ls": ":", "lw": 2.4})
     ax.set(xlim=(-1, 1), yscale="symlog", ylabel=f"{ylabel} (1: doing nothing)")
     ticks = [tick for tick in (0, 0.5, 1, 2, 5, 10, 20, 50) if tick <= 2 * own["error"].max()]
     ax.set(ylim=(0, None), yticks=ticks, yticklabels=[f"{tick:g}" for tick in ticks])
@@ -432,10 +450,6 @@ def _legend(ax):
         ax.get_legend().remove()
     look = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
     ax.figure.legend(handles, labels, ncols=min(4, len(labels)), **look)
-
-
-def _name(text):
-    return NAMES.get(text, text if " " in text else text.replace("_", " "))
 
 
 def _counted(edits):

@@ -29,6 +29,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 LONG = 24  # rows; a longer table is folded up
 WIDE = 12  # columns; a wider table of few rows is laid on its side
 WORDS = 36  # letters; a longer cell is broken into lines
+LARGE = 1e6  # pixels; a figure of more is a grid, which needs the page's whole width
+NAMED = ["method", "arm", "baseline", "version"]  # columns of names, shown as figures write them
 SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain"]
 RESULTS = {  # metrics of Table 2 that are shown first, by the names that a reader gives them
     "tea_effectiveness": "effectiveness",
@@ -55,8 +57,8 @@ CAPTIONS = {  # what to see; the figures say of how many films
     "04_scores": "S_CLIP of every edit: the filter drops what lies left of the dashed line.",
     "04_edits": "Test films and their counterfactuals. The difference (blue: density lost) should "
     "look like the true one at the right, and lie inside the mask.",
-    "04_doses": "One film under rising guidance: the change should grow with the dose and meet the "
-    "dashed line, the true one.",
+    "04_doses": "One film under rising guidance, the preset's in the middle. Where the curve "
+    "crosses the dashed line, the change is as large as the true one; beyond, the edit overshoots.",
     "04_gallery": "Counterfactuals that pass the filter, with their score.",
     "05_gain": "How far each method moves the judge towards the wanted class. Doing nothing gains "
     "0; the perfect editor says how much there is to gain.",
@@ -106,7 +108,7 @@ CAPTIONS = {  # what to see; the figures say of how many films
     "realism": "Distance of the films to others of the cohort (KID, lower is closer).",
     "table3": "Accuracy on the test split by arm, training and head.",
     "groups": "Accuracy for effusion in the four groups of the balanced test.",
-    "arms": "Everything about the effusion head, by arm and training.",
+    "arms": "Everything about the effusion head, by arm.",
     "differences": "Every arm against another over the same films.",
     "goals": "Goals fixed before anything ran, and what was found.",
     "vqa": "How often the model that sees is right.",
@@ -118,6 +120,31 @@ CAPTIONS = {  # what to see; the figures say of how many films
     "text": "Mean change of burnt-in letters.",
     "limits": "Edits of spoilt films.",
     "sex": "Change of the recorded sex's probability, and films that crossed a half.",
+}
+RENAMED = {  # columns of a table, said at more length than in its file
+    "differences": {
+        "mean": "difference",
+        "seed_low": "least by training",
+        "seed_high": "most by training",
+        "only_a": "arm alone right",
+        "only_b": "baseline alone right",
+    },
+    "agreement": {"change": "change towards own caption"},
+}
+NOTES = {  # below a table: what its columns are
+    "agreement": "agree: share of films nearer to their own caption, before and after fine-tuning; "
+    "the change is that of the distance, with its 95 % interval by pair.",
+    "heads": "majority: accuracy of always giving the commoner answer; balanced accuracy: mean of "
+    "those with and without the finding; ece: calibration error, 0 is best.",
+    "arms": "Mean over the trainings and, where they differ, their range. conflict: the balanced "
+    "films on which the device misleads; ece: calibration error, 0 is best; flip device: share of "
+    "pairs of films in which the device alone turns the answer, reliance: by how much it moves the "
+    "probability, both 0 at best; follow effusion: share of pairs in which the answer follows the "
+    "effusion, 1 at best.",
+    "differences": "difference: accuracy of the arm less that of the baseline, with its 95 % "
+    "interval by patient, and its least and most over trainings; alone right: films that one of "
+    "the two gets right and the other wrong, from which p comes (McNemar's test); level: "
+    "P(device | effusion) in training.",
 }
 
 
@@ -177,15 +204,13 @@ def _notebooks(folder: Path, manifest: dict) -> str:
 def _results(folder: Path, manifest: dict) -> str:
     import pandas
 
-    from prism_nb.figures import NAMES
-
     path = folder / "tables" / "table2.csv"
     if not path.exists():
         return ""
     tidy = pandas.read_csv(path)
     again = tidy["method"].isin(("inversion", "PRISM, S_CLIP filter"))  # table2 has them
     tidy = tidy[tidy["metric"].isin(RESULTS) & tidy["n"].notna() & ~again]
-    wide = _wide(tidy.replace({"method": NAMES}))
+    wide = _wide(_readable(tidy))
     wide = pandas.concat(part for _, part in wide.groupby("edit", sort=False))
     wide = wide[[name for name in ("edit", "method", "n", *RESULTS) if name in wide]]
     head, rows = _cells(wide.rename(columns=RESULTS))
@@ -221,11 +246,15 @@ def _in_order(paths: Iterable[Path]) -> list[Path]:
 
 
 def _figure(path: Path) -> str:
+    from PIL import Image
+
     name = escape(path.stem)
     caption = CAPTIONS.get(path.stem, "")
+    width, height = Image.open(path).size
+    large = " class='large'" if width * height > LARGE else ""
     image = f"<img src='{_data_uri(path)}' alt='{escape(caption or name, quote=True)}'>"
     text = f"<figcaption><b>{name}</b> {escape(caption)}</figcaption>"
-    return f"<figure id='figure-{name}'><a href='#figure-{name}'>{image}</a>{text}</figure>"
+    return f"<figure id='figure-{name}'{large}><a href='#figure-{name}'>{image}</a>{text}</figure>"
 
 
 def _tables(folder: Path, manifest: dict) -> str:
@@ -233,15 +262,40 @@ def _tables(folder: Path, manifest: dict) -> str:
 
     parts = []
     for path in _in_order((folder / "tables").glob("[!.]*.csv")):
-        frame = _wide(pandas.read_csv(path))
+        frame = _readable(pandas.read_csv(path))
+        if path.stem == "arms" and "seed" in frame:
+            frame = _by_arm(frame)
+        frame = _wide(frame).rename(columns=RENAMED.get(path.stem, {}))
         cut = f" (the first 200 of {len(frame)} rows)" if len(frame) > 200 else ""
         table, name = _table(*_cells(frame[:200])), f"<b>{escape(path.stem)}</b>"
+        table += f"<p class='columns'>{NOTES[path.stem]}</p>" if path.stem in NOTES else ""
         about = f"{name} {escape(CAPTIONS.get(path.stem, ''))}{cut}"
         if len(frame) > LONG:
             parts.append(f"<details><summary>{about}</summary>{table}</details>")
         else:
             parts.append(f"<p class='caption'>{about}</p>{table}")
     return "".join(parts)
+
+
+def _readable(frame: "pandas.DataFrame") -> "pandas.DataFrame":
+    """Methods and arms by the names that the figures give them."""
+    from prism_nb.figures import readable
+
+    named = [name for name in NAMED if name in frame and frame[name].dtype.kind not in "ifb"]
+    shown = {name: frame[name].map(readable, na_action="ignore") for name in named}
+    return frame.assign(**shown)
+
+
+def _by_arm(frame: "pandas.DataFrame") -> "pandas.DataFrame":
+    """A row a measure and a column an arm: the mean over trainings, and their range beside it."""
+    import pandas
+
+    arms = frame.drop(columns="seed").groupby("arm", sort=False)
+    columns = {}
+    for suffix, statistic in (("", arms.mean()), ("_low", arms.min()), ("_high", arms.max())):
+        columns |= {f"{arm}{suffix}": scores for arm, scores in statistic.T.items()}
+    table = pandas.DataFrame(columns).rename_axis("measure").reset_index()
+    return table.assign(measure=table["measure"].str.replace("_", " "))
 
 
 def _wide(frame: "pandas.DataFrame") -> "pandas.DataFrame":
@@ -302,7 +356,7 @@ def _metrics(folder: Path, manifest: dict) -> str:
     path = folder / "metrics.json"
     parts = []
     for notebook, values in (read_json(path) if path.exists() else {}).items():
-        rows = [[name, _number(value)] for name, value in _flat(values)]
+        rows = [[name.replace("_", " "), _number(value)] for name, value in _flat(values)]
         table = _table(["metric", "value"], rows)
         parts.append(f"<details><summary><b>{notebook}</b></summary>{table}</details>")
     note = "<p class='note'>metrics.json, by notebook: mostly means of the tables above.</p>"
@@ -509,6 +563,11 @@ def _table(head: list, rows: list, raw: bool = False) -> str:
     def row(cells: list, tag: str) -> str:
         shown = [str(cell) if raw else escape(str(cell)) for cell in cells]
         kinds = ["" if number else _kind(cell) for cell, number in zip(shown, numeric, strict=True)]
+        if tag == "td":  # where a line has no room, an interval stands below its number
+            shown = [
+                re.sub(r"\(.*\)$", r"<span>\g<0></span>", cell) if number else cell
+                for cell, number in zip(shown, numeric, strict=True)
+            ]
         return "".join(f"<{tag}{k}>{cell}</{tag}>" for cell, k in zip(shown, kinds, strict=True))
 
     body = "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in rows)

@@ -1,6 +1,7 @@
 """The notebooks: their form, and the whole road at smoke size with bounds on its numbers."""
 
 import ast
+import itertools
 import json
 import re
 
@@ -34,6 +35,27 @@ def test_numbers_are_unique_and_known(root):
     assert len({name[:2] for name in names}) == len(names)
     index = (root / "notebooks" / "README.md").read_text()
     assert all(f"({name}.ipynb)" in index for name in names)
+
+
+def test_the_index_tells_what_the_heads_tell(notebook, root):
+    name, book = notebook
+    index = (root / "notebooks" / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| \[[^]]*\]\({name}\.ipynb\) (.*)\|$", index, re.M)
+    _, _, reads, _, smoke, profile = (cell.strip() for cell in row.split("|"))
+    head = book.cells[0].source.replace("two minutes", "2 min")
+    assert re.search(r"\*\*Runtime\*\* smoke (.*?)(?:,| on)", head)[1] == smoke
+    assert re.findall(r"phantom profile (.*?),", head) == ([profile] if profile else [])
+    told = re.search(r"\*\*Reads\*\* (.*?)\. ", head)[1]
+    assert set(re.findall(r"`.*?`", told)) == set(re.findall(r"`.*?`", reads))
+
+
+def test_links_lead_there_and_back(root):
+    for name, after in itertools.pairwise(STEPS):
+        here, there = (
+            nbformat.read(root / "notebooks" / f"{n}.ipynb", as_version=4) for n in (name, after)
+        )
+        assert f"›]({after}.ipynb)" in here.cells[0].source
+        assert f"({name}.ipynb)" in there.cells[0].source
 
 
 def test_form(notebook):

@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from prism_nb.files import write_json
-from prism_nb.report import CAPTIONS, write_report
+from prism_nb.report import CAPTIONS, NOTES, RENAMED, write_report
 from prism_nb.run import Run
 
 TEXT = r"""# 03 · Invert
@@ -190,7 +190,7 @@ def test_intervals_stand_beside_their_number_and_columns_have_one_precision(fold
     pd.DataFrame(frame).to_csv(folder / "tables" / "heads.csv", index=False)
     wide = {f"x{n}": [0.001234 * n, 0.5] for n in range(13)}
     pd.DataFrame({"arm": ["plain", "true_x"]} | wide).to_csv(
-        folder / "tables" / "arms.csv", index=False
+        folder / "tables" / "wide.csv", index=False
     )
     found = rows(write_report(folder).read_text(encoding="utf-8"))
     assert ["head", "auroc", "w", "seconds", "rate"] in found
@@ -198,6 +198,38 @@ def test_intervals_stand_beside_their_number_and_columns_have_one_precision(fold
     assert ["b", "0.975", "1.0", "7.0", "0"] in found
     assert ["arm", "plain", "true x"] in found, "few rows of many columns lie on their side"
     assert ["x3", "0.004", "0.500"] in found
+
+
+def test_arms_stand_side_by_side_with_the_range_of_their_trainings(folder):
+    frame = {"arm": ["plain", "true_x"] * 2, "seed": [0, 0, 1, 1]}
+    frame |= {"i.i.d. ece": [0.1, 0.25, 0.2, 0.25], "flip_device": [0.5, 0.25, 0.75, 0.5]}
+    pd.DataFrame(frame).to_csv(folder / "tables" / "arms.csv", index=False)
+    html = write_report(folder).read_text(encoding="utf-8")
+    found = rows(html)
+    assert ["measure", "plain", "true x"] in found
+    assert ["i.i.d. ece", "0.150 (0.100 to 0.200)", "0.250"] in found
+    assert ["flip device", "0.625 (0.500 to 0.750)", "0.375 (0.250 to 0.500)"] in found
+    assert NOTES["arms"] in html
+    assert "<td>0.150 <span>(0.100 to 0.200)</span></td>" in html  # may stand below its number
+
+
+def test_columns_and_names_are_those_of_a_reader(folder):
+    frame = {"arm": ["true_counterfactuals"], "baseline": ["sdedit"], "mean": [0.5], "low": [0.25]}
+    frame |= {"high": [0.75], "only_a": [3]}
+    pd.DataFrame(frame).to_csv(folder / "tables" / "differences.csv", index=False)
+    found = rows(write_report(folder).read_text(encoding="utf-8"))
+    assert ["arm", "baseline", "difference", "arm alone right"] in found
+    assert ["true counterfactuals", "SDEdit", "0.500 (0.250 to 0.750)", "3"] in found
+
+
+def test_grids_have_the_whole_width(folder):
+    Image.new("L", (1200, 1600)).save(folder / "figures" / "03_grid.png")
+    soup = BeautifulSoup(write_report(folder).read_text(encoding="utf-8"), "html.parser")
+    assert [card["id"] for card in soup("figure", class_="large")] == ["figure-03_grid"]
+
+
+def test_notes_and_columns_belong_to_tables():
+    assert {*NOTES, *RENAMED} <= {*CAPTIONS}
 
 
 def test_every_figure_and_table_of_the_notebooks_has_a_caption(root):
