@@ -28,6 +28,7 @@ class Loop:
     def __init__(self, model, table, size, batch):
         """Unfreeze the U-Net of a model of its own; table: files and captions of films."""
         self.model, self.batch, self.look = model, batch, look(size)
+        model.vae.to(memory_format=torch.contiguous_format)  # as diffusers loads it
         self.paths, self.texts = list(table["path"]), list(table["caption"])
         model.unet.requires_grad_(True).train()
         self.optimiser = torch.optim.AdamW(model.unet.parameters(), lr=1e-5, weight_decay=1e-2)
