@@ -110,6 +110,7 @@ CAPTIONS = {  # what to see; the figures say of how many films
     "groups": "Accuracy for effusion in the four groups of the balanced test.",
     "arms": "Everything about the effusion head, by arm.",
     "differences": "Every arm against another over the same films.",
+    "goals_evidence": "The paper's numbers as goals, fixed before anything ran, and what was found.",
     "goals": "Goals fixed before anything ran, and what was found.",
     "vqa": "How often the model that sees is right.",
     "answers": "What the model that sees said of every pair.",
