@@ -10,7 +10,7 @@ from torchvision import transforms
 from benchmarks.paired import check, off
 from benchmarks.peers import lance
 from benchmarks.peers.ganterfactual import Port
-from prism_nb.classifiers import _optimizer, _train, build_classifier, masked_loss, predict
+from prism_nb.classifiers import _optimizer, _train, build_classifier, masked_loss
 from prism_nb.findings import PAPER_HEADS
 from prism_nb.ganterfactual import Training, build_gan, frozen, has_bf16, resize, to_sd
 from prism_nb.images import load_films, uint8_to_unit, unit_to_uint8
@@ -84,19 +84,30 @@ def classifier(case):
     model = build_classifier(scale.classifier, len(PAPER_HEADS)).to(case.device)
     plain, parts = PlainClassifier(model, case.table, scale.size), [np.arange(len(films))]
     tools = *_optimizer(model, 1e-3, 0.05, 10_000), torch.Generator().manual_seed(0)
-    gate = [check("logits, relative", off(logits_of(model, films), plain.ask(parts)), 1e-3)]
+    wanted, bf16 = plain.ask(parts), has_bf16(case.device)
+    gate = [check("logits, relative", off(logits_of(model, films), wanted), 1e-3)]
+
+    def asked():
+        with torch.autocast(case.device.type, torch.bfloat16, enabled=bf16):
+            return logits_of(model, films)
 
     def trained():
         return _train(model, films, _labels(case.table), parts, *tools, False)
 
-    per = len(films), len(films)
-    for verb, ours, peer, target in (
-        ("ask", lambda: predict(model, films), lambda: plain.ask(parts), (2, 5)),
-        ("train", trained, lambda: plain.train(parts), (1.35, 5)),
-    ):
-        about = "files by Pillow, fp32", peer, gate, target, "a film", per
-        share = verb == "ask"  # backward through grouped convolutions counts too many
-        yield case.time("W10", f"{verb} {name}", ours, *about, share=share)
+    half = [check("logits in bf16, relative", off(asked(), wanted), 0.05)] if bf16 else []
+
+    def timed(verb, ours, peer, target, also=(), **options):
+        per = len(films), len(films)
+        about = "files by Pillow, fp32", peer, [*gate, *also], target, "a film", per
+        return case.time("W10", f"{verb} {name}", ours, *about, **options)
+
+    def peer():
+        return plain.ask(parts)
+
+    yield timed(f"ask, {'bf16' if bf16 else 'fp32'},", asked, peer, (2, 5), half, bf16=bf16)
+    yield timed("ask, fp32,", lambda: logits_of(model, films), peer, (None, None))
+    # backward through grouped convolutions counts too many
+    yield timed("train", trained, lambda: plain.train(parts), (1.35, 5), share=False)
 
 
 def gan(case):

@@ -236,6 +236,7 @@ class Evaluate(Classify):
         0, "phantom: films of other patients that it learns from; 0: the training split", ge=0
     )
     judge_epochs: Whole = _is(4, "passes over the films that it learns from", ge=1, le=10_000)
+    judge_precision: Literal["fp32", "bf16"] = _is("fp32", "fp32 or bf16, where it is asked")
     baseline: Text = _is("train", 'GANterfactual: "bundled", "train", "none", or its folder')
     baseline_steps: Whole = _is(20, "updates of its weights where it is trained", ge=1)
     baseline_size: Whole = _is(

@@ -105,3 +105,5 @@ def test_heads_come_in_the_right_order(films, tmp_path):
     with torch.inference_mode():
         plain = model(torch.from_numpy(films)).sigmoid().numpy()
     np.testing.assert_allclose(ask(films), plain[:, ::-1], atol=1e-5)
+    half = j.asker(model, {"heads": list(reversed(j.HEADS))}, "bf16")(films)
+    assert 0 < np.abs(half - plain[:, ::-1]).max() < 0.03
