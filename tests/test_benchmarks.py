@@ -14,7 +14,7 @@ from prism_nb.files import read_json, write_json
 
 TARGETS = {"W1": [10, 4, 3], "W2": [50, None], "W3": [1.5], "W4": [2, None], "W5": [None]}
 TARGETS |= {"W6": [1.6, None], "W7": [10], "W7b": [1.4], "W8": [2.8, 2.8], "W9": [2.5]}
-TARGETS |= {"W10": [2, 1.35], "W11": [1.5]}  # on two cores
+TARGETS |= {"W10": [2, None, 1.35], "W11": [1.5]}  # on two cores
 TINY = {"size": 64, "films": 8, "batch": 2, "many": 2, "edited": 2, "steps": 2, "gan": 64}
 TINY = cases.Scale(**TINY, classifier="test_resnet", pairs=1, repeats=1)
 SMALL = {"block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 32}

@@ -259,7 +259,7 @@ def test_the_command_prints_the_table(random_base, tmp_path):
         (["--edits", "drop Edema"], 'write "add" or "remove" and a finding'),
         (["--num-films", "0"], "num_films is 0"),
         (["--precision", "fp8"], "it must be fp32, bf16 or auto"),
-        (["--model", "nowhere"], "no such folder; give phantom"),
+        (["--model", "nowhere"], "no such folder; give a run, phantom or owner/model"),
     ],
 )
 def test_what_the_command_cannot_do_is_exit_2_and_one_line(random_base, tmp_path, given, words):
