@@ -188,7 +188,15 @@ class Plan:
             flops = films * classifier_flops(p.judge, p.classifier_size or self.side)
         gan = (p.baseline == "train") * p.baseline_steps * GAN * p.baseline_size**2
         made = rendered * RENDER / os.cpu_count()
-        return self.seconds(flops, "classifier") + self.seconds(gan) + made + self._read()
+        judged = self.seconds(flops, "classifier") + self.seconds(gan) + made + self._read()
+        return judged + self._cycles()
+
+    def _cycles(self):
+        """Seconds of null edits, and of edits there and back, once and five times over."""
+        steps, turns = self.invert.num_ddim_steps, 3 * (1 + 5) * self.judge.num_cycle_films
+        dear = self.flops["tune"] / self.flops["predict"]
+        rows = inversion_rows(self.invert.inversion, steps, dear) + edit_rows(self.dials, steps)
+        return self._used("fp32" if not self.gpus else "bf16", turns * rows, turns, 2 * turns)
 
     def _augment(self):
         p = self.augment

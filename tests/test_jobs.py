@@ -60,7 +60,8 @@ def test_an_interrupt_ends_the_jobs(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_jobs_and_those_that_they_started(tmp_path, number):
-    before, children = signal.getsignal(number), []
+    # A shell's background job has Ctrl-C ignored, and the tests may be one.
+    given, children = signal.signal(number, signal.default_int_handler), []
     others = psutil.Process().children(recursive=True)  # of earlier tests: pools, browsers
 
     def kill():
@@ -69,10 +70,13 @@ def test_a_signal_ends_the_jobs_and_those_that_they_started(tmp_path, number):
         if len(children) > 1:  # the job's process, and what watches over it
             os.kill(os.getpid(), number)
 
-    with pytest.raises(KeyboardInterrupt):
-        run_jobs(time.sleep, [(60,)], tmp_path, watch=kill)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs(time.sleep, [(60,)], tmp_path, watch=kill)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, given)
     assert not [child for child in children if child.is_running()]
-    assert signal.getsignal(number) is before
 
 
 def test_what_is_not_there_is_said_in_one_line(tmp_path, monkeypatch):
