@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -124,6 +125,11 @@ def given_dials(params):
     if params.mask != "preset":
         dials["mask"] = params.mask
     return dials | ({"detail": params.detail} if params.detail >= 0 else {})
+
+
+def recorded_dials(editing):
+    """Preset and dials of 04_edit's recorded parameters (a dict), as `edit` takes them."""
+    return given_dials(SimpleNamespace(**editing)) | {"preset": editing["preset"]}
 
 
 def recipe(inversion, preset, **dials):

@@ -7,7 +7,6 @@ Used by notebook 05.
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from prism_nb import metrics
 from prism_nb.captions import edit_labels
 from prism_nb.diffusion import encode_films
 from prism_nb.editing import edit
-from prism_nb.edits import FLOORS, OWN, given_dials
+from prism_nb.edits import FLOORS, OWN, recorded_dials
 from prism_nb.evaluation import GAN, NOTHING, PERFECT
 from prism_nb.findings import PAPER_HEADS
 from prism_nb.ganterfactual import translate
@@ -146,8 +145,7 @@ def prism_editors(model, made, plan):
     Each inverts the films anew under what they show. The null edit (T' = T) has no mask, under
     which it would change nothing. made: the recorded parameters of 03_invert and 04_edit.
     """
-    inverting, editing = made["03_invert"], made["04_edit"]
-    dials = given_dials(SimpleNamespace(**editing)) | {"preset": editing["preset"]}
+    inverting, dials = made["03_invert"], recorded_dials(made["04_edit"])
     ids, old, new = (list(plan[name]) for name in ("film_id", "source", "target"))
 
     def turn(films, source, target, **more):
@@ -169,11 +167,8 @@ def gan_editors(gan, present):
     def turn(films, to):
         return uint8_to_unit(translate(gan, unit_to_uint8(films), to))
 
-    return (
-        partial(turn, to=present),
-        partial(turn, to=not present),
-        partial(turn, to=present),
-    )
+    null, there = (partial(turn, to=to) for to in (present, not present))
+    return null, there, null
 
 
 def cycles(films, editors, counts=(1, 5)):

@@ -8,7 +8,6 @@ Used by notebooks A2 and A3.
 
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ from prism_nb.captions import prompt_pair
 from prism_nb.classifiers import load_classifier
 from prism_nb.diffusion import encode_films
 from prism_nb.editing import Edited, edit
-from prism_nb.edits import given_dials
+from prism_nb.edits import recorded_dials
 from prism_nb.images import load_films, uint8_to_unit
 from prism_nb.inversion import invert
 from prism_nb.judging import asker
@@ -54,8 +53,7 @@ def invert_again(model, made, films, rows):
 
 def edit_again(model, made, inverted, films, rows, targets, holds=None, **dials):
     """Edits as 04_edit made them, but for `dials`: Edited; holds: captions to hold, for each."""
-    how = made["04_edit"]
-    dials = given_dials(SimpleNamespace(**how)) | {"preset": how["preset"]} | dials
+    dials = recorded_dials(made["04_edit"]) | dials
     if holds is None:
         return edit(model, inverted, films, rows, targets, **dials)
     edits = zip(rows, targets, holds, strict=True)  # what is held is the same for a whole call
