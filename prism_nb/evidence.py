@@ -54,6 +54,17 @@ def means(tidy, method):
     return {name: dict(zip(part["edit"], part["mean"], strict=True)) for name, part in own}
 
 
+def nested(frame, *keys):
+    """A table as dicts in dicts, by its columns `keys`, with the others innermost: for JSON."""
+    found, frame = {}, frame.astype(object)
+    for row in frame.where(frame.notna(), None).to_dict("records"):
+        inner = found
+        for key in keys:
+            inner = inner.setdefault(str(row.pop(key)), {})
+        inner.update(row)
+    return found
+
+
 def laid_out(tidy, names, digits=3):
     """Some metrics of table2 as text, "mean (low to high)": rows edit and method, with n.
 

@@ -58,6 +58,7 @@ class Step:
     writes: tuple[str, ...]
 
 
+TABLES = "tables"  # in metrics.json
 # metrics.json and figures/NN_*.png are written by all.
 STEPS: dict[str, Step] = {
     "01_caption": Step(
@@ -178,7 +179,10 @@ class Run:
         return path
 
     def save_metrics(self, **numbers: object) -> Path:
-        """Put numbers under this notebook's name in metrics.json; no timings, please."""
+        """Put numbers under this notebook's name in metrics.json; no timings, please.
+
+        Under the name TABLES whole tables: a report and a sweep pass over them.
+        """
         self._metrics |= plain(numbers)
         path = self.folder / "metrics.json"
         metrics = read_json(path) if path.exists() else {}

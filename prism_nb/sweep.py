@@ -20,7 +20,7 @@ from prism_nb.files import TEMPORARY, atomic_path, read_json
 from prism_nb.jobs import check_executor, run_jobs
 from prism_nb.manifest import Manifest, given_parameters
 from prism_nb.report import write_report
-from prism_nb.run import RunFolderError
+from prism_nb.run import TABLES, RunFolderError
 
 # Checkpoints, and what is no notebook's: a run makes its own.
 PRIVATE = shutil.ignore_patterns(".*", "training", "report", "studio", "counterfactuals")
@@ -96,14 +96,15 @@ def collect(jobs, steps, keys, path):
 
 
 def _standing(job, steps):
-    """A run's metrics, without those of steps that failed or have not run with its settings.
+    """A run's metrics, whole tables aside, without those of steps that failed or are not its own.
 
     Where a step failed, those after it are still of the run that this one started from.
     """
     path, manifest = job.folder / "metrics.json", Manifest(job.folder, job.profile)
     metrics = read_json(path) if path.is_file() else {}
     now = {s: manifest.fingerprint(s, job.source(s), job.values) for s in steps if s in metrics}
-    return {step: metrics[step] for step, made in now.items() if not manifest.reason(step, made)}
+    mine = [step for step, made in now.items() if not manifest.reason(step, made)]
+    return {step: {k: v for k, v in metrics[step].items() if k != TABLES} for step in mine}
 
 
 def _plan(each, swept, run):

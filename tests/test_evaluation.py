@@ -18,6 +18,7 @@ from prism_nb.evaluation import (
     collect,
     measure,
 )
+from prism_nb.files import plain
 from prism_nb.findings import PAPER_HEADS
 from prism_nb.ganterfactual import build_gan
 from prism_nb.images import load_films, uint8_to_unit
@@ -215,6 +216,18 @@ def test_means_keep_every_edit_of_a_method(both):
     own = both[1][both[1]["method"] == OWN]
     assert means["l1"] == pytest.approx(own.groupby("edit")["l1"].mean().to_dict())
     assert evidence.means(evidence.table2(both[1], num_bootstrap=0), "no such method") == {}
+
+
+def test_nested_holds_every_number_of_a_table(both):
+    tidy = evidence.table2(both[1], num_bootstrap=5)
+    found = evidence.nested(tidy, "edit", "method", "metric")
+    for row in tidy.itertuples():
+        cell = found[row.edit][row.method][row.metric]
+        assert cell["mean"] == pytest.approx(row.mean)
+        assert cell["n"] == (None if pd.isna(row.n) else row.n)
+        assert (cell["low"] is None) == np.isnan(row.low)
+    plain(found)  # has a form in JSON
+    assert evidence.nested(pd.DataFrame(), "edit") == {}
 
 
 def test_leakage_is_the_mean_change_of_each_head(both):

@@ -39,7 +39,9 @@ def folder(tmp_path):
     plt.close(figure)
     run.save_table(pd.DataFrame({"films": [1234, 5], "psnr": [1 / 3, None]}, ["<b>", "y"]), "t")
     run.save_table(pd.DataFrame({"loss": range(300)}), "losses")
-    run.save_metrics(psnr=31.25, auroc={"Cardiomegaly": 0.5}, interval=[0.1, 0.2])
+    run.save_metrics(
+        psnr=31.25, auroc={"Cardiomegaly": 0.5}, interval=[0.1, 0.2], tables={"heads": {"x": 7.77}}
+    )
     run.finish()
     bar = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": " 10%|# | 1/10"}
     dial = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider(value=0)"}
@@ -149,6 +151,7 @@ def test_tables_metrics_parameters_and_versions(report):
     assert losses in report
     assert ["auroc, Cardiomegaly", "0.5"] in found
     assert ["interval", "0.1, 0.2"] in found
+    assert "7.77" not in report, "tables in metrics.json have files of their own"
     assert ["seed", "3", "every random draw starts here"] in found
     assert ["edits", "remove Edema, add Edema", "add or remove a finding"] in found
     assert ["torch", "2.1, 2.2"] in found, "of a run that was continued after an update"

@@ -16,7 +16,7 @@ TRAIN = "write_json(run.path('model/weight.json'), run.params.num_train_steps)\n
 INVERT = """
 assert run.params.num_ddim_steps != 13, "unlucky"
 psnr = {"test": 10.0 * run.params.num_ddim_steps, "n": 2}
-run.save_metrics(psnr=psnr)
+run.save_metrics(psnr=psnr, tables={"long": {"a": 1}})
 run.finish()
 """
 
@@ -44,6 +44,7 @@ def test_a_run_a_combination_one_table_and_shared_steps_run_once(road, capsys):
     assert "\n" not in failed
     assert table["run"].tolist() == [f"mine-num_ddim_steps={n}" for n in (2, 13, 4)]
     assert table["03_invert.psnr.test"].fillna(0).tolist() == [20, 0, 40]
+    assert not any("tables" in name for name in table)
     assert path.name == "mine-num_ddim_steps.csv"
     assert pd.read_csv(path)["num_ddim_steps"].tolist() == [2, 13, 4]
     runs = [path.parent / name for name in table["run"]]
