@@ -29,12 +29,13 @@ from prism_nb.findings import nearest
 from prism_nb.images import uint8_to_unit
 from prism_nb.inversion import METHODS as INVERSIONS
 from prism_nb.inversion import Inversion, concat, invert
-from prism_nb.phantom import DRAWN, intervene, render, sample_patient
+from prism_nb.phantom import DRAWN, intervene, redrawn, render, sample_patient
 from prism_nb.phantom.pretrain import MAIN, UNCONFOUNDED
 
 EDITS = (*(f"remove {name}" for name in MAIN), "add Support Devices")
 CASES_SEED = 7_000_003  # a population of its own: nothing is trained on its patients
 WORLDS = list(product((0, 1), repeat=len(MAIN)))  # each with and without the others, in turn
+ANOTHER = 1_000_000  # patients further on is the one from whom is taken what is drawn anew
 PATIENTS_A_FILM = 200  # looked at before a finding is called too rare
 BATCH = 8  # films inverted at once
 
@@ -48,6 +49,7 @@ class Cases(NamedTuple):
     sources: list
     targets: list
     truth: np.ndarray  # (R, H, W) uint8
+    redrawn: np.ndarray  # (R, H, W) uint8, what else the truth could have been, see `another_draw`
 
 
 def draw_cases(edits, num_films, size, template="plain", negatives=False):
@@ -77,16 +79,19 @@ def draw_cases(edits, num_films, size, template="plain", negatives=False):
 def _case(patient, do, each, size, words):
     """One film, its captions and its truth, in a list; an empty one where no eye sees a change."""
     factual = render(patient, size, do)
-    truth = render(patient, size, do | {each.finding: int(each.present)}).image
+    turned = do | {each.finding: int(each.present)}
+    truth = render(patient, size, turned).image
     if not (np.abs(uint8_to_unit(truth) - uint8_to_unit(factual.image)) > metrics.VISIBLE).any():
         return []
     pair = prompt_pair(factual.labels, each.finding, each.present, *words)
-    return [(f"patient{patient.number:05d}", factual.image, *pair, truth)]
+    other = redrawn(patient, each.finding, patient.number + ANOTHER)
+    guess = render(other, size, turned).image
+    return [(f"patient{patient.number:05d}", factual.image, *pair, truth, guess)]
 
 
 def _stacked(each, rows):
-    ids, films, sources, targets, truth = map(list, zip(*rows, strict=True))
-    return Cases(each.name, ids, np.stack(films), sources, targets, np.stack(truth))
+    ids, films, sources, targets, *truths = map(list, zip(*rows, strict=True))
+    return Cases(each.name, ids, np.stack(films), sources, targets, *map(np.stack, truths))
 
 
 class Inverter:
@@ -154,6 +159,16 @@ def perfect(model, cases, invert, seed):
     return uint8_to_unit(cases.truth)
 
 
+def another_draw(model, cases, invert, seed):
+    """The truth, but what the film does not tell drawn anew: how wide the heart was before, which
+    devices come and where.
+
+    An editor that samples films as they are cannot be expected to come nearer to the truth. What
+    lies behind fluid or metal is the true one here, though no film shows it.
+    """
+    return uint8_to_unit(cases.redrawn)
+
+
 def through_vae(model, cases, invert, seed):
     """What the VAE alone makes of the films: what no editor without a mask falls below."""
     return decode_latents(model, invert(method="none").trajectory[0]).numpy()
@@ -162,6 +177,7 @@ def through_vae(model, cases, invert, seed):
 FLOORS = {
     NOTHING: nothing,
     PERFECT: perfect,
+    "another draw": another_draw,
     KNOWN["vae"]: through_vae,
     KNOWN["sham edit"]: partial(in_grid, sham=True, mask="none"),  # T' = T
 }

@@ -93,6 +93,16 @@ def test_edits_that_no_film_can_show_are_one_line():
         draw_cases(EDITS, 0, 64)
 
 
+def test_another_draw_differs_from_the_truth_only_in_what_the_film_does_not_tell():
+    edits = ["remove Support Devices", "remove Pleural Effusion", "remove Cardiomegaly"]
+    for each in draw_cases([*edits, "add Support Devices"], 6, 64):
+        told = each.edit in edits[:2]
+        same = (each.redrawn == each.truth).all((1, 2))
+        assert same.all() if told else same.mean() < 0.5, each.edit
+        moved = FLOORS["another draw"](None, each, None, 0)
+        np.testing.assert_array_equal(moved, uint8_to_unit(each.redrawn))
+
+
 # Methods
 
 

@@ -25,6 +25,7 @@ from prism_nb.phantom.graph import (
     exogenous,
     intervene,
     mechanism,
+    redrawn,
     sample_patient,
 )
 
@@ -362,6 +363,30 @@ def test_another_study_is_of_the_same_patient():
         lines += first.kinds != second.kinds
     assert findings > 150
     assert lines > 60
+
+
+def test_redrawn_changes_what_one_finding_looks_like_and_no_other_draw():
+    patient, other = sample_patient(0, 5), sample_patient(0, 1005)
+    moved = {
+        HEART: {"heart_ratio", "normal_ratio"},
+        EFFUSION: {"effusion_ml"},
+        "Edema": {DIALS["Edema"]},
+        DEVICES: set(),
+    }
+    for label, names in moved.items():
+        again = redrawn(patient, label, 1005)
+        changed = {k for k, v in again.severity.items() if v != patient.severity[k]}
+        assert changed - {"effusion_side"} == names
+        assert again.severity["effusion_ml"] in (
+            patient.severity["effusion_ml"],
+            other.severity["effusion_ml"],
+        )
+        assert (again.labels, again.age, again.sex) == (patient.labels, patient.age, patient.sex)
+        assert again.draw("noise").random() == patient.draw("noise").random()
+        assert again.draw_patient("anatomy").random() == patient.draw_patient("anatomy").random()
+        whose = other if label == DEVICES else patient
+        assert again.kinds == whose.kinds
+        assert again.draw("device ecg").random() == whose.draw("device ecg").random()
 
 
 def test_a_patient_is_drawn_quickly():

@@ -25,6 +25,7 @@ from prism_nb.phantom.graph import (
     Patient,
     World,
     intervene,
+    redrawn,
     sample_patient,
 )
 from prism_nb.phantom.renderer import DRAWN, Film, counterfactual, render
@@ -42,6 +43,7 @@ __all__ = [
     "intervene",
     "is_phantom",
     "patient_of",
+    "redrawn",
     "render",
     "sample_patient",
     "true_counterfactual",

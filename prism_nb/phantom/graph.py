@@ -9,7 +9,7 @@ by a hidden cause, so that do(effusion) touches no device (the paper's spurious 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import accumulate, pairwise
 from numbers import Integral, Real
@@ -222,10 +222,12 @@ class Patient:
     severity: dict  # each of SEVERITIES if it were present; normal_ratio, effusion_side
     kinds: tuple  # the devices that are, or would be, in place
     normals: dict = field(repr=False)  # all exogenous draws
+    devices_of: int | None = None  # number of the patient whose devices it has or would have
 
     def draw(self, name):
         """A generator for one named draw of this study: places, devices, exposure."""
-        return stream(self.seed, self.number, self.study, name)
+        own = self.devices_of is None or not name.startswith("device ")
+        return stream(self.seed, self.number if own else self.devices_of, self.study, name)
 
     def draw_patient(self, name):
         """A generator for one named draw that all studies of the patient share: anatomy."""
@@ -271,6 +273,23 @@ def sample_patient(seed, number, study=1, confounding=0.75, mode="confounded"):
         kinds=_names(place) or _names(ready),
         normals=normals,
     )
+
+
+def redrawn(patient, label, number):
+    """The patient, but how `label` looks there and absent is as in patient `number`.
+
+    Drawn anew are its severities, the heart's normal width, the side of an effusion, which devices
+    there are and where they lie; all else is held. So a film on which `label` is turned over shows
+    what else it could have become, for all that the first film tells.
+    """
+    other = sample_patient(patient.seed, number, patient.study, patient.confounding, patient.mode)
+    if label == DEVICES:
+        return replace(patient, kinds=other.kinds, devices_of=number)
+    names = {name for name, dial in SEVERITIES.items() if dial.label == label}
+    names |= {HEART: {"normal_ratio"}, EFFUSION: {"effusion_side"}}.get(label, set())
+    normals = patient.normals | {name: other.normals[name] for name in names}
+    severity = _severity(normals, patient.sex, float(patient.age))
+    return replace(patient, normals=normals, severity=severity)
 
 
 def _names(there):

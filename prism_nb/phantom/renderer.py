@@ -105,7 +105,7 @@ def counterfactual(patient, do, size=512, effect="direct", **options):
 
 def _base(patient, size):
     key = (patient.seed, patient.number, patient.study, patient.sex, patient.age, size)
-    key += (patient.view, patient.supine, tuple(patient.severity.values()))
+    key += (patient.view, patient.supine, tuple(patient.severity.values()), patient.devices_of)
     if key not in _cache:
         _cache[key] = _make_base(patient, size)
         while len(_cache) > CACHED:
