@@ -174,11 +174,17 @@ def through_vae(model, cases, invert, seed):
     return decode_latents(model, invert(method="none").trajectory[0]).numpy()
 
 
+def truth_through_vae(model, cases, invert, seed):
+    """What the VAE makes of the truth: the least error that is left to an edit of latents."""
+    return decode_latents(model, encode_films(model, uint8_to_unit(cases.truth))).numpy()
+
+
 FLOORS = {
     NOTHING: nothing,
     PERFECT: perfect,
     "another draw": another_draw,
     KNOWN["vae"]: through_vae,
+    "VAE of the truth": truth_through_vae,
     KNOWN["sham edit"]: partial(in_grid, sham=True, mask="none"),  # T' = T
 }
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from prism_nb.diffusion import embed_captions, load_model
+from prism_nb.images import uint8_to_unit, unit_to_sd
 from prism_nb.phantom import DRAWN, pretrain
 
 CAPTIONS = ["chest x-ray showing edema", "chest x-ray showing support devices", "chest x-ray"]
@@ -61,3 +62,20 @@ def test_a_widened_vae_holds_the_old_one():
         torch.testing.assert_close(new.mean[:, :4], old.mean)
         torch.testing.assert_close(new.logvar[:, :4], old.logvar)
         torch.testing.assert_close(wide.decode(new.mean).sample, small.decode(old.mean).sample)
+
+
+def test_standardised_latents_have_mean_0_and_spread_1_and_decode_as_before():
+    torch.manual_seed(0)
+    vae = pretrain.tiny_vae(4).eval()
+    films = np.random.default_rng(0).integers(0, 256, (20, 64, 64), np.uint8)
+    x = unit_to_sd(uint8_to_unit(films))
+    with torch.no_grad():
+        old = vae.encode(x).latent_dist
+        decoded = vae.decode(old.mean).sample
+        pretrain.standardise(vae, films)
+        new = vae.encode(x).latent_dist
+        torch.testing.assert_close(vae.decode(new.mean).sample, decoded, rtol=1e-3, atol=1e-4)
+    mean, std = (getattr(old.mean, name)((0, 2, 3), keepdim=True) for name in ("mean", "std"))
+    torch.testing.assert_close(new.mean, (old.mean - mean) / std, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(new.std, old.std / std, rtol=1e-3, atol=1e-3)
+    assert vae.config.scaling_factor == 1
