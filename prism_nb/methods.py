@@ -175,7 +175,7 @@ def through_vae(model, cases, invert, seed):
 
 
 def truth_through_vae(model, cases, invert, seed):
-    """What the VAE makes of the truth: the least error that is left to an edit of latents."""
+    """What the VAE makes of the truth: the error that it leaves of an edit that is perfect."""
     return decode_latents(model, encode_films(model, uint8_to_unit(cases.truth))).numpy()
 
 
