@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from prism_nb.files import read_json, write_text
 from prism_nb.params import describe, known_keys
-from prism_nb.run import APPENDICES, STEPS, TABLES, record_path
+from prism_nb.run import APPENDICES, STEPS, record_path, without_tables
 
 if TYPE_CHECKING:
     import pandas
@@ -359,8 +359,8 @@ def _metrics(folder: Path, manifest: dict) -> str:
     path = folder / "metrics.json"
     parts = []
     for notebook, values in (read_json(path) if path.exists() else {}).items():
-        single = {name: value for name, value in values.items() if name != TABLES}
-        rows = [[name.replace("_", " "), _number(value)] for name, value in _flat(single)]
+        numbers = _flat(without_tables(values))
+        rows = [[name.replace("_", " "), _number(value)] for name, value in numbers]
         table = _table(["metric", "value"], rows)
         parts.append(f"<details><summary><b>{notebook}</b></summary>{table}</details>")
     note = "<p class='note'>metrics.json, by notebook: mostly means of the tables above.</p>"

@@ -324,6 +324,11 @@ def stamp(path: Path) -> list:
     return [status.st_size, status.st_mtime_ns, sha256_file(path)]
 
 
+def without_tables(section: dict) -> dict:
+    """What a notebook has put into metrics.json, whole tables left out."""
+    return {name: value for name, value in section.items() if name != TABLES}
+
+
 def metrics_digest(folder: Path, notebook: str) -> str:
     """Digest of what a notebook has put into metrics.json; "" if nothing."""
     path = folder / "metrics.json"

@@ -20,7 +20,7 @@ from prism_nb.files import TEMPORARY, atomic_path, read_json
 from prism_nb.jobs import check_executor, run_jobs
 from prism_nb.manifest import Manifest, given_parameters
 from prism_nb.report import write_report
-from prism_nb.run import TABLES, RunFolderError
+from prism_nb.run import RunFolderError, without_tables
 
 # Checkpoints, and what is no notebook's: a run makes its own.
 PRIVATE = shutil.ignore_patterns(".*", "training", "report", "studio", "counterfactuals")
@@ -104,7 +104,7 @@ def _standing(job, steps):
     metrics = read_json(path) if path.is_file() else {}
     now = {s: manifest.fingerprint(s, job.source(s), job.values) for s in steps if s in metrics}
     mine = [step for step, made in now.items() if not manifest.reason(step, made)]
-    return {step: {k: v for k, v in metrics[step].items() if k != TABLES} for step in mine}
+    return {step: without_tables(metrics[step]) for step in mine}
 
 
 def _plan(each, swept, run):
