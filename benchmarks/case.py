@@ -66,11 +66,13 @@ class Case:
         target: of peer / ours, (on a CPU, on a GPU). per: units in a call of ours, of the peer's.
         pairs: fewer than usual, where one takes long. bf16: ours computes in it, so that this is
         its ceiling. share=False: torch miscounts its FLOPs. warm=False: the gate has warmed up.
+        slow: one warm-up, for memory, is enough for the peer.
         """
         row, flops = Row(workload, what, name, target[self.gpu], unit, gate), 0
         if options.get("warm", True):
             row.memory = tuple(added_memory(self.device, work) for work in (peer, ours))[::-1]
-            peer()
+            if not options.get("slow"):
+                peer()
             flops = count_flops(ours) / per[0]
         most = options.get("pairs", self.pairs)
         row.timed = paired(ours, peer, min(self.pairs, most), per)

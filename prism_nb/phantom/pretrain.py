@@ -11,6 +11,7 @@ Shapes: films (N, H, W) uint8; images (B, 3, H, W) in [-1, 1]; z (B, C, H/8, W/8
 import argparse
 import json
 import logging
+import os
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -18,11 +19,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from prism_nb.captions import caption, vocabulary
+from prism_nb.captions import caption, captions, vocabulary
+from prism_nb.diffusion import pick_device
 from prism_nb.files import atomic_path, read_json, write_json
 from prism_nb.images import load_films, uint8_to_unit, unit_to_sd
 from prism_nb.phantom import DRAWN, render, sample_patient
@@ -34,7 +37,15 @@ UNCONFOUNDED = PREVALENCE["Support Devices"]
 LATENT_CHANNELS = 16
 CLIP_SIZE = 128  # pixels a side that CLIP sees of a film: its devices still show
 FAMILY = 5  # films of a patient: as it is, and with one finding turned over
+SHOWS = 4  # of 255: what a device changes a pixel by where it can be seen
 TOLD = 0.3  # latents of twins differ by more only where their captions tell them apart
+STYLES = (  # ways in which a cohort may be captioned, and how often the base sees them
+    ({"template": "listing1"}, 0.15),
+    ({"negatives": False}, 0.72),
+    ({"negatives": True}, 0.13),
+)
+CPU = torch.device("cpu")
+EVERY = {"cpu": 100, "cuda": 1000}  # steps from one checkpoint to the next
 MAIN = ("Pleural Effusion", "Cardiomegaly", "Support Devices")  # what the notebooks edit
 PRETRAIN_SEED = 1_000_003  # no cohort's population: its patients are never seen in a notebook
 
@@ -219,7 +230,7 @@ def phantom_films(work, num_patients, size):
     """Render the training films once: uint8 (N * FAMILY, H, W), memory-mapped, and their labels."""
     path = work / f"films-{size}.npy"
     if not path.is_file():
-        with ProcessPoolExecutor(2) as pool:
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
             numbers = range(1, num_patients + 1)
             made = list(pool.map(partial(_family, size=size), numbers, chunksize=25))
         films, labels = zip(*made, strict=True)
@@ -230,7 +241,7 @@ def phantom_films(work, num_patients, size):
 
 
 def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
-    """AdamW, one-cycle rate, clipped gradients; resumes from its checkpoint every 100 steps."""
+    """AdamW, one-cycle rate, clipped gradients; resumes from the checkpoint it last wrote."""
     optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, rate, total_steps=steps + 1, pct_start=0.1
@@ -244,7 +255,7 @@ def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
         first = state["step"]
         if ema:
             ema.load_state_dict(state["ema"])
-    running = []
+    every, running = EVERY[parameters[0].device.type], []
     for step in range(first, steps):
         loss = loss_of(step)
         optimiser.zero_grad()
@@ -255,12 +266,10 @@ def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
         schedule.step()
         if ema:
             ema.step(parameters)
-        running.append(loss.item())
-        if ((step + 1) % 100 == 0 or step + 1 == steps) and rank_and_world()[0] == 0:
-            log.info(
-                "%s step %d loss %.4f %.0f s", name, step + 1, np.mean(running), time.time() - began
-            )
-            running = []
+        running.append(loss.detach())
+        if ((step + 1) % every == 0 or step + 1 == steps) and rank_and_world()[0] == 0:
+            mean, running = torch.stack(running).mean().item(), []
+            log.info("%s step %d loss %.4f %.0f s", name, step + 1, mean, time.time() - began)
             state = {
                 "model": model.state_dict(),
                 "optimiser": optimiser.state_dict(),
@@ -289,11 +298,12 @@ def average(parameters):
             grad.copy_(part.view_as(grad))
 
 
-def fit_vae(folder, work, films, steps, start=None, batch_size=12):
+def fit_vae(folder, work, films, lines, steps, start=None, batch_size=12, device=CPU):
     """L1 on pixels and on their differences, more where there is detail, and a light KL.
 
-    Wires and leads cover so few pixels that an unweighted loss gives them up. Crops first, because
-    they are four times cheaper; the last steps see whole films. Then the latents' scale is set.
+    Wires and leads cover so few pixels that an unweighted loss gives them up; lines (N, H, W) says
+    where they are. Crops first, because they are four times cheaper; the last steps see whole
+    films. Then the latents' scale is set.
     """
     from diffusers import AutoencoderKL
 
@@ -301,21 +311,25 @@ def fit_vae(folder, work, films, steps, start=None, batch_size=12):
     vae, whole = tiny_vae(), int(0.9 * steps)
     if start:
         widen(vae, AutoencoderKL.from_pretrained(start / "vae"))
+        with torch.no_grad():  # `settle` made its posterior a point: a little noise, to begin with
+            vae.quant_conv.bias[vae.config.latent_channels :] = -6
+    vae.to(device)
 
     def loss_of(step):
         rng = np.random.default_rng((11, step))
         size = films.shape[1]
         number, crop = (batch_size, size // 2) if step < whole else (batch_size // 3, size)
         rows = np.sort(rng.integers(len(films), size=number))
-        x = unit_to_sd(uint8_to_unit(_crop(films[rows], crop, rng)))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        x, line = _crops(films, lines, rows, crop, rng, device)
+        generator = torch.Generator(device).manual_seed(step)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             posterior = vae.encode(x).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
+            noise = torch.randn(posterior.mean.shape, generator=generator, device=device)
             y = vae.decode(posterior.mean + posterior.std * noise).sample
-        return _off(x, y) + 1e-6 * posterior.kl().float().mean() / len(x)
+        return _off(x, y, line) + 1e-6 * posterior.kl().float().mean() / len(x)
 
     train(vae, list(vae.parameters()), loss_of, steps, 1e-3 if start else 1.5e-3, work, "vae")
-    standardise(vae.eval(), films)
+    standardise(vae.cpu().eval(), films)
     vae.save_pretrained(folder / "vae")
 
 
@@ -363,51 +377,63 @@ def widen(vae, start):
             own[name][rows[:, None], columns] = value
 
 
-def _off(x, y):
-    """How far decoded films y (B, 3, H, W) are from x, up to nine times more where x has detail."""
+def _off(x, y, line):
+    """How far decoded films y (B, 3, H, W) are from x: more where x has detail, most on lines."""
     x, y = x[:, :1], y.float()
     detail = (x - F.avg_pool2d(x, 9, 1, 4, count_include_pad=False)).abs()
-    off = (1 + 8 * (detail / 0.2).clamp(max=1)) * (y - x)
+    off = (1 + 8 * (detail / 0.2).clamp(max=1) + 8 * line) * (y - x)
     edges = sum((y - x).diff(dim=d).abs().mean() for d in (-1, -2))
     return off.abs().mean() + 2 * (off * (y - x)).mean() + 0.5 * edges
 
 
-def refine_decoder(folder, work, films, steps, batch_size=12):
+def refine_decoder(folder, work, films, lines, steps, batch_size=12, device=CPU):
     """Train the decoder alone for longer: the latents, and a U-Net trained on them, stay valid."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(folder / "vae").train()
+    vae = AutoencoderKL.from_pretrained(folder / "vae").to(device).train()
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
 
     def loss_of(step):
         rng = np.random.default_rng((14, step))
         rows = np.sort(rng.integers(len(films), size=batch_size))
-        x = unit_to_sd(uint8_to_unit(_crop(films[rows], films.shape[1] // 2, rng)))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        x, line = _crops(films, lines, rows, films.shape[1] // 2, rng, device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             with torch.no_grad():
                 z = vae.encode(x).latent_dist.mean
-            return _off(x, vae.decode(z).sample)
+            return _off(x, vae.decode(z).sample, line)
 
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     train(vae, trained, loss_of, steps, 1e-3, work, "decoder")
     vae.save_pretrained(folder / "vae")
 
 
-def _crop(films, crop, rng):
-    """One random window, half of the time mirrored: the VAE codes local detail."""
-    films = films[:, :, ::-1] if rng.random() < 0.5 else films
+def _crops(films, lines, rows, crop, rng, device):
+    """One random window of films (B, 3, h, w) in [-1, 1], half of the time mirrored, and its lines.
+
+    The VAE codes local detail: a window tells it as much as a film.
+    """
     top, left = rng.integers(films.shape[1] - crop + 1, size=2)
-    return np.ascontiguousarray(films[:, top : top + crop, left : left + crop])
+    flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
+    window = (rows, slice(top, top + crop), slice(left, left + crop))
+    seen = [np.ascontiguousarray(part[window][:, :, flip]) for part in (films, lines)]
+    x, line = (torch.from_numpy(part).to(device) for part in seen)
+    return (x.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1), line[:, None].float()
+
+
+def device_lines(films):
+    """Where devices are on families' first films and their twins: both, and for each (N, H, W)."""
+    first, turned = films[::FAMILY], films[1 + MAIN.index("Support Devices") :: FAMILY]
+    lines = abs(first.astype(np.int16) - turned) > SHOWS
+    return np.concatenate([first, turned]), np.concatenate([lines, lines])
 
 
 def _style(rng):
     """One of the ways in which a cohort may be captioned, drawn at random."""
-    template = "listing1" if rng.random() < 0.15 else "plain"
-    return {"template": template, "negatives": bool(rng.random() < 0.15)}
+    return STYLES[rng.choice(len(STYLES), p=[share for _, share in STYLES])][0]
 
 
-def fit_clip(folder, work, films, labels, size, steps, families=16):
+def fit_clip(folder, work, films, labels, size, steps, families=16, device=CPU):
     """Contrastive training on films and their twins, which differ in one finding alone.
 
     In a batch of unlike patients the rest of a caption tells films apart well enough; a twin makes
@@ -421,10 +447,11 @@ def fit_clip(folder, work, films, labels, size, steps, families=16):
     keep_text(clip, folder / "clip")
     seen = torch.nn.Linear(clip.config.vision_config.hidden_size, len(DRAWN))
     told = torch.nn.Linear(clip.config.text_config.hidden_size, len(DRAWN))
-    parts = torch.nn.ModuleDict({"clip": clip, "seen": seen, "told": told}).train()
+    parts = torch.nn.ModuleDict({"clip": clip, "seen": seen, "told": told}).train().to(device)
     truth = torch.tensor([[row[name] for name in DRAWN] for row in labels], dtype=torch.float32)
+    truth = truth.to(device)
     main = [DRAWN.index(label) for label in MAIN]
-    codes = (truth @ (2.0 ** torch.arange(len(DRAWN)))).long()
+    codes = (truth @ (2.0 ** torch.arange(len(DRAWN), device=device))).long()
 
     def loss_of(step):
         rng = np.random.default_rng((12, step))
@@ -434,9 +461,9 @@ def fit_clip(folder, work, films, labels, size, steps, families=16):
         order = np.argsort(rows)  # reading in the order of the file is quicker
         shown = torch.from_numpy(uint8_to_unit(films[rows[order]][np.argsort(order)]))[:, None]
         shown = F.interpolate(shown, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            image = clip.vision_model(unit_to_sd(shown[:, 0])).pooler_output
-            word = clip.text_model(**text).pooler_output
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            image = clip.vision_model(unit_to_sd(shown[:, 0]).to(device)).pooler_output
+            word = clip.text_model(**text.to(device)).pooler_output
         image, word = image.float(), word.float()
         image_embeds = F.normalize(clip.visual_projection(image), dim=-1)
         text_embeds = F.normalize(clip.text_projection(word), dim=-1)
@@ -452,7 +479,7 @@ def fit_clip(folder, work, films, labels, size, steps, families=16):
 
     trained = [parameter for parameter in parts.parameters() if parameter.requires_grad]
     train(parts, trained, loss_of, steps, 4e-3, work, "clip")
-    save_clip(clip.eval(), folder, size)
+    save_clip(clip.cpu().eval(), folder, size)
 
 
 def keep_text(clip, folder):
@@ -490,81 +517,93 @@ def spread_text(folder, captions):
     encoder.save_pretrained(folder / "text_encoder")
 
 
-def cached_latents(folder, work, films):
+def cached_latents(folder, work, films, device=CPU):
     """The posterior means of all films, scaled, encoded once: half precision (N, C, h, w)."""
     from diffusers import AutoencoderKL
 
     path = work / "latents.npy"
     if not path.is_file():
-        vae, parts = AutoencoderKL.from_pretrained(folder / "vae").eval(), []
+        vae, parts = AutoencoderKL.from_pretrained(folder / "vae").eval().to(device), []
         for start in range(0, len(films), 32):
-            x = unit_to_sd(uint8_to_unit(films[start : start + 32]))
-            with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            x = unit_to_sd(uint8_to_unit(films[start : start + 32])).to(device)
+            with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16):
                 mean = vae.encode(x).latent_dist.mean.float()
-            parts.append((mean * vae.config.scaling_factor).half().numpy())
+            parts.append((mean * vae.config.scaling_factor).half().cpu().numpy())
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.save(file, np.concatenate(parts))
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    latents = torch.from_numpy(np.load(path, mmap_mode="c"))
+    return latents if device.type == "cpu" else latents.to(device)
 
 
-def fit_unet(folder, work, films, labels, steps, start=None, batch_size=16):
+@torch.no_grad()
+def said(folder, labels, device):
+    """Embeddings (U, L, D) of all captions; of each film in each of STYLES, which one (N, 3).
+
+    The last embedding is that of the empty caption.
+    """
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval().to(device)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    table = pd.DataFrame(labels)
+    texts, which = np.unique([captions(table, **style) for style, _ in STYLES], return_inverse=True)
+    tokens = tokenizer([*texts, ""], padding="max_length", max_length=77, return_tensors="pt")
+    parts = [encoder(part.to(device))[0].half() for part in tokens.input_ids.split(256)]
+    return torch.cat(parts), which.reshape(len(STYLES), -1).T
+
+
+def fit_unet(folder, work, films, labels, steps, start=None, batch_size=16, rate=8e-4, device=CPU):
     """Noise prediction (Algorithm 1) on cached latents, 10 % empty captions, EMA kept.
 
     A film and its twin share noise, timestep and way of captioning, so that what differs between
     them is what the caption says; where that is, a tenth of a film, the loss counts three times.
     Losses are weighted by min-SNR (Hang et al. 2023, gamma 5).
     Under torchrun each process takes its share of a batch. start: a base whose U-Net to go on from;
-    it must have been trained on the same VAE and text encoder.
+    it must have been trained on the same VAE and text encoder, or nearly so.
     """
     from diffusers import DDIMScheduler, UNet2DConditionModel
     from diffusers.training_utils import EMAModel
-    from transformers import CLIPTextModel, CLIPTokenizer
 
     from prism_nb.finetune import NUM_TIMESTEPS, snr_weights
 
     torch.manual_seed(3)
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-    latents = cached_latents(folder, work, films)
-    unet, texts = tiny_unet(latents.shape[-1]), {}
+    latents = cached_latents(folder, work, films, device)
+    embedded, which = said(folder, labels, device)
+    unet, shares = tiny_unet(latents.shape[-1]), [share for _, share in STYLES]
     if start:
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(start / "unet").state_dict())
-    unet.to(memory_format=torch.channels_last)
-    ema = EMAModel(unet.parameters(), decay=0.999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    unet.to(device, memory_format=torch.channels_last)
+    if device.type == "cuda":
+        unet.compile()
+    ema = EMAModel(
+        unet.parameters(), decay=0.999, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=True
+    )
     rank, world = rank_and_world()
     share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-    weight = snr_weights(scheduler, torch.arange(NUM_TIMESTEPS), gamma=5)
-
-    @torch.no_grad()
-    def embed(words):
-        new = sorted(set(words) - set(texts))
-        if new:
-            tokens = tokenizer(new, padding="max_length", max_length=77, return_tensors="pt")
-            texts.update(zip(new, encoder(tokens.input_ids)[0].half(), strict=True))
-        return torch.stack([texts[word] for word in words]).float()
+    weight = snr_weights(scheduler, torch.arange(NUM_TIMESTEPS), gamma=5).to(device)
 
     def loss_of(step):
         step += 1_000_000 * bool(start)  # other draws than those that `start` was trained on
-        rng, generator = np.random.default_rng((13, step)), torch.Generator().manual_seed(step)
-        rows, words = twins(rng, len(latents), batch_size // 2), []
-        for film, twin in rows.reshape(-1, 2):
-            style, empty = _style(rng), rng.random() < 0.1
-            words += ["" if empty else caption(labels[row], **style) for row in (film, twin)]
-        z0 = latents[rows].float()
-        noise = torch.randn(z0[::2].shape, generator=generator).repeat_interleave(2, 0)
-        t = torch.randint(
-            0, NUM_TIMESTEPS, (batch_size // 2,), generator=generator
-        ).repeat_interleave(2)
+        rng = np.random.default_rng((13, step))
+        generator = torch.Generator(device).manual_seed(step)
+        pairs = batch_size // 2
+        rows = twins(rng, len(latents), pairs)
+        words = which[rows, rng.choice(len(STYLES), pairs, p=shares).repeat(2)]
+        words[(rng.random(pairs) < 0.1).repeat(2)] = len(embedded) - 1  # the empty caption
+        z0 = latents[torch.from_numpy(rows).to(latents.device)].float()
+        noise = torch.randn(z0[::2].shape, generator=generator, device=device)
+        t = torch.randint(0, NUM_TIMESTEPS, (pairs,), generator=generator, device=device)
+        noise, t = noise.repeat_interleave(2, 0), t.repeat_interleave(2)
         told = 1 + 2 * ((z0[::2] - z0[1::2]).abs().amax(1, keepdim=True) > TOLD).float()
         told = told.repeat_interleave(2, 0)[share]
         z0, noise, t = z0[share], noise[share], t[share]
-        noisy, cond = scheduler.add_noise(z0, noise, t), embed(words[share])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        noisy = scheduler.add_noise(z0, noise, t)
+        cond = embedded[torch.from_numpy(words[share]).to(device)].float()
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             eps = unet(noisy, t, encoder_hidden_states=cond).sample
         return (weight[t] * (told * (eps.float() - noise).square()).mean((1, 2, 3))).mean()
 
-    rate = 5e-4 if start else 8e-4
     train(unet, list(unet.parameters()), loss_of, steps, rate, work, "unet", ema=ema)
     ema.copy_to(unet.parameters())
     if rank == 0:
@@ -613,29 +652,34 @@ def main(argv=None):
     parser.add_argument("--decoder-steps", type=int, default=600)
     parser.add_argument("--clip-steps", type=int, default=1600)
     parser.add_argument("--unet-steps", type=int, default=6000)
+    parser.add_argument("--unet-batch", type=int, default=16)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
+    device = pick_device(args.device)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     folder, work = args.out, args.out / "work"
     work.mkdir(parents=True, exist_ok=True)
     films, labels = phantom_films(work, args.num_patients, args.size)
     log.info("%d films of %d px", len(films), args.size)
     if not (folder / "vae").is_dir():
-        mix = np.concatenate([films[::FAMILY], films[3::FAMILY]])  # with and without devices
+        mix, lines = device_lines(films)
         if args.films:
             paths = sorted(p for p in args.films.iterdir() if p.is_file())
             real = load_films([p for i, p in enumerate(paths) if i % 5], args.size)
             # Every fifth is kept for measuring. About a quarter of what the VAE sees is real.
-            mix = np.concatenate([mix, np.repeat(real, 8, axis=0)])
-        fit_vae(folder, work, mix, args.vae_steps, args.start)
-        refine_decoder(folder, work, mix, args.decoder_steps)
+            real = np.repeat(real, 8, axis=0)
+            mix, lines = np.concatenate([mix, real]), np.concatenate([lines, real < 0])
+        fit_vae(folder, work, mix, lines, args.vae_steps, args.start, device=device)
+        refine_decoder(folder, work, mix, lines, args.decoder_steps, device=device)
     if not (folder / "clip").is_dir():
-        fit_clip(folder, work, films, labels, args.size, args.clip_steps)
+        fit_clip(folder, work, films, labels, args.size, args.clip_steps, device=device)
         rng = np.random.default_rng(17)
         spread_text(folder, sorted({caption(row, **_style(rng)) for row in labels[:600]}))
     finish_folder(folder)
     settle(folder)
     if not (folder / "unet").is_dir():
-        fit_unet(folder, work, films, labels, args.unet_steps, args.start)
+        how = {"batch_size": args.unet_batch, "device": device}
+        fit_unet(folder, work, films, labels, args.unet_steps, args.start, **how)
     halve(folder)
     log.info("done: %s", folder)
 
