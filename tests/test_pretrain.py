@@ -3,10 +3,12 @@
 import shutil
 
 import numpy as np
+import pytest
 import torch
 
+from prism_nb.captions import caption
 from prism_nb.diffusion import embed_captions, load_model
-from prism_nb.images import uint8_to_unit, unit_to_sd
+from prism_nb.images import save_png, uint8_to_unit, unit_to_sd
 from prism_nb.phantom import DRAWN, pretrain
 
 CAPTIONS = ["chest x-ray showing edema", "chest x-ray showing support devices", "chest x-ray"]
@@ -79,3 +81,108 @@ def test_standardised_latents_have_mean_0_and_spread_1_and_decode_as_before():
     torch.testing.assert_close(new.mean, (old.mean - mean) / std, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(new.std, old.std / std, rtol=1e-3, atol=1e-3)
     assert vae.config.scaling_factor == 1
+
+
+def test_lines_are_where_the_twin_without_devices_differs():
+    families = [pretrain._family(number, 64) for number in (1, 2)]
+    films = np.concatenate([made for made, _ in families])
+    seen, lines = pretrain.device_lines(films)
+    assert np.array_equal(seen, films[[0, 5, 3, 8]])  # devices are the third of MAIN
+    assert np.array_equal(lines[0], abs(films[0].astype(int) - films[3]) > pretrain.SHOWS)
+    assert np.array_equal(lines[:2], lines[2:])
+    assert 0 < lines.mean() < 0.2
+
+
+def test_windows_of_films_and_lines_are_the_same_windows():
+    films = np.random.default_rng(0).integers(0, 256, (4, 32, 32), np.uint8)
+    rows, found = np.array([1, 3]), set()
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        x, line = pretrain._crops(films, films > 99, rows, 16, rng, pretrain.CPU)
+        assert x.shape == (2, 3, 16, 16)
+        assert line.shape == (2, 1, 16, 16)
+        grey = ((x + 1) * 127.5).round()
+        assert torch.equal((grey[:, :1] > 99).float(), line)
+        windows = [w for f in (films[1], films[1][:, ::-1]) for w in _windows(f, 16)]
+        assert any(np.array_equal(grey[0, 0].numpy(), window) for window in windows)
+        found.add(grey.sum().item())
+    assert len(found) == 6
+
+
+def _windows(film, side):
+    return np.lib.stride_tricks.sliding_window_view(film, (side, side)).reshape(-1, side, side)
+
+
+def test_every_film_has_its_caption_in_every_style(random_base):
+    labels = [pretrain._family(number, 64)[1][0] for number in (1, 2, 3, 4)]
+    embedded, which = pretrain.said(random_base, labels, pretrain.CPU)
+    assert which.shape == (4, len(pretrain.STYLES))
+    model = load_model(str(random_base), device="cpu")
+    for row, style in ((0, 0), (2, 1), (3, 2)):
+        text = caption(labels[row], **pretrain.STYLES[style][0])
+        expected = embed_captions(model, [text])[0]
+        own = embedded[which[row, style]].float()
+        torch.testing.assert_close(own, expected, rtol=2e-3, atol=2e-3)
+    empty = embed_captions(model, [""])[0]
+    torch.testing.assert_close(embedded[-1].float(), empty, rtol=2e-3, atol=2e-3)
+
+
+def test_real_films_join_as_families_of_equals_a_tenth_of_all():
+    latents = torch.arange(90 * pretrain.FAMILY).float().view(-1, 1, 1, 1)
+    real = -1 - torch.arange(4).float().view(-1, 1, 1, 1)
+    labels, names = [{"row": row} for row in range(len(latents))], [{"real": n} for n in range(4)]
+    both, said = pretrain.mixed(latents, labels, real, names)
+    assert len(both) == len(said) == len(latents) + 2 * 4 * pretrain.FAMILY
+    assert torch.equal(both[: len(latents)], latents)
+    families = both[len(latents) :].view(-1, pretrain.FAMILY)
+    assert (families == families[:, :1]).all()
+    assert families[:, 0].tolist() == [-1, -2, -3, -4] * 2
+    assert [row["real"] for row in said[len(latents) :: pretrain.FAMILY]] == [0, 1, 2, 3] * 2
+
+
+def test_every_fifth_real_film_is_kept_for_measuring(tmp_path):
+    lines = ["path,Pleural Effusion"]
+    for n in range(7):
+        save_png(tmp_path / f"{n}.png", np.full((16, 16), 30 * n, np.uint8))
+        lines.append(f"{n}.png,{n % 2}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    films, labels = pretrain.real_films(tmp_path / "labels.csv", 16)
+    assert films[:, 0, 0].tolist() == [30, 60, 90, 120, 180]
+    assert [row["Pleural Effusion"] for row in labels] == [1, 0, 1, 0, 0]
+    films, labels = pretrain.real_films(tmp_path / "labels.csv", 16, measured=True)
+    assert films[:, 0, 0].tolist() == [0, 150]
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setitem(pretrain.EVERY, "cpu", 2)
+
+    def trained(work, last):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+
+        def loss_of(step):
+            if step == last:
+                raise KeyboardInterrupt
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+        work.mkdir(exist_ok=True)
+        pretrain.train(model, list(model.parameters()), loss_of, 6, 0.1, work, "line")
+        return model.weight.detach()
+
+    whole = trained(tmp_path / "whole", None)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", 5)
+    torch.testing.assert_close(trained(tmp_path / "cut", None), whole)
+
+
+def test_the_unet_of_a_few_steps_is_written(random_base, tmp_path):
+    folder = shutil.copytree(random_base, tmp_path / "base")
+    latents = torch.randn(4 * pretrain.FAMILY, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = [row for number in range(1, 5) for row in pretrain._family(number, 64)[1]]
+    before = load_model(str(folder), device="cpu").unet.conv_in.weight
+    pretrain.fit_unet(folder, tmp_path, latents.half(), labels, 2, random_base, batch_size=4)
+    after = load_model(str(folder), device="cpu").unet.conv_in.weight
+    assert after.shape == before.shape
+    assert not torch.equal(after, before)
+    assert torch.allclose(after, before, atol=0.01)

@@ -1,10 +1,10 @@
 """Train the bundled base model: a small Stable Diffusion whose world is the phantom.
 
-Four stages, each skipped when its folder is there: films, VAE (phantom films, and real ones if a
-folder is given), CLIP (contrastive, films against captions), U-Net (noise prediction on cached
-latents, EMA). Same classes of diffusers and transformers as Stable Diffusion v1.5, fewer
+Four stages, each skipped when its folder is there: films, VAE (phantom films, and real ones if some
+are given), CLIP (contrastive, films against captions), U-Net (noise prediction on cached latents,
+EMA; real films as well). Same classes of diffusers and transformers as Stable Diffusion v1.5, fewer
 channels. Killed and started again it continues from its last checkpoint.
-    python -m prism_nb.phantom.pretrain OUT [--films FOLDER] [--unet-steps 4500]
+    python -m prism_nb.phantom.pretrain OUT [--films CSV] [--unet-steps 4500]
 Shapes: films (N, H, W) uint8; images (B, 3, H, W) in [-1, 1]; z (B, C, H/8, W/8).
 """
 
@@ -25,8 +25,10 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from prism_nb.captions import caption, captions, vocabulary
+from prism_nb.cohort import load_cohort
 from prism_nb.diffusion import pick_device
 from prism_nb.files import atomic_path, read_json, write_json
+from prism_nb.findings import FINDINGS
 from prism_nb.images import load_films, uint8_to_unit, unit_to_sd
 from prism_nb.phantom import DRAWN, render, sample_patient
 from prism_nb.phantom.graph import PREVALENCE
@@ -38,6 +40,7 @@ LATENT_CHANNELS = 16
 CLIP_SIZE = 128  # pixels a side that CLIP sees of a film: its devices still show
 FAMILY = 5  # films of a patient: as it is, and with one finding turned over
 SHOWS = 4  # of 255: what a device changes a pixel by where it can be seen
+MIXED = 0.1  # of all films that the U-Net sees, where real ones are given
 TOLD = 0.3  # latents of twins differ by more only where their captions tell them apart
 STYLES = (  # ways in which a cohort may be captioned, and how often the base sees them
     ({"template": "listing1"}, 0.15),
@@ -238,6 +241,14 @@ def phantom_films(work, num_patients, size):
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.save(file, np.concatenate(films))
     return np.load(path, mmap_mode="r"), read_json(path.with_suffix(".json"))
+
+
+def real_films(csv, size, measured=False):
+    """Films (N, size, size) uint8 of a CSV, and their labels, without every fifth; or those."""
+    cohort = load_cohort(csv)
+    table = cohort.table[(np.arange(len(cohort.table)) % 5 == 0) == measured]
+    films = load_films([cohort.image_root / path for path in table["path"]], size)
+    return films, table[list(FINDINGS)].to_dict("records")
 
 
 def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
@@ -517,11 +528,10 @@ def spread_text(folder, captions):
     encoder.save_pretrained(folder / "text_encoder")
 
 
-def cached_latents(folder, work, films, device=CPU):
+def cached_latents(folder, path, films, device=CPU):
     """The posterior means of all films, scaled, encoded once: half precision (N, C, h, w)."""
     from diffusers import AutoencoderKL
 
-    path = work / "latents.npy"
     if not path.is_file():
         vae, parts = AutoencoderKL.from_pretrained(folder / "vae").eval().to(device), []
         for start in range(0, len(films), 32):
@@ -531,8 +541,14 @@ def cached_latents(folder, work, films, device=CPU):
             parts.append((mean * vae.config.scaling_factor).half().cpu().numpy())
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.save(file, np.concatenate(parts))
-    latents = torch.from_numpy(np.load(path, mmap_mode="c"))
-    return latents if device.type == "cpu" else latents.to(device)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def mixed(latents, labels, real, real_labels):
+    """Add real films to families' latents, each as a family of equals, a tenth of all as MIXED."""
+    times = max(1, round(MIXED / (1 - MIXED) * len(latents) / (len(real) * FAMILY)))
+    rows = np.tile(np.repeat(np.arange(len(real)), FAMILY), times)
+    return torch.cat([latents, real[rows]]), [*labels, *(real_labels[row] for row in rows)]
 
 
 @torch.no_grad()
@@ -552,7 +568,9 @@ def said(folder, labels, device):
     return torch.cat(parts), which.reshape(len(STYLES), -1).T
 
 
-def fit_unet(folder, work, films, labels, steps, start=None, batch_size=16, rate=8e-4, device=CPU):
+def fit_unet(
+    folder, work, latents, labels, steps, start=None, batch_size=16, rate=8e-4, device=CPU
+):
     """Noise prediction (Algorithm 1) on cached latents, 10 % empty captions, EMA kept.
 
     A film and its twin share noise, timestep and way of captioning, so that what differs between
@@ -568,7 +586,7 @@ def fit_unet(folder, work, films, labels, steps, start=None, batch_size=16, rate
 
     torch.manual_seed(3)
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-    latents = cached_latents(folder, work, films, device)
+    latents = latents.to(device)
     embedded, which = said(folder, labels, device)
     unet, shares = tiny_unet(latents.shape[-1]), [share for _, share in STYLES]
     if start:
@@ -591,7 +609,7 @@ def fit_unet(folder, work, films, labels, steps, start=None, batch_size=16, rate
         rows = twins(rng, len(latents), pairs)
         words = which[rows, rng.choice(len(STYLES), pairs, p=shares).repeat(2)]
         words[(rng.random(pairs) < 0.1).repeat(2)] = len(embedded) - 1  # the empty caption
-        z0 = latents[torch.from_numpy(rows).to(latents.device)].float()
+        z0 = latents[torch.from_numpy(rows).to(device)].float()
         noise = torch.randn(z0[::2].shape, generator=generator, device=device)
         t = torch.randint(0, NUM_TIMESTEPS, (pairs,), generator=generator, device=device)
         noise, t = noise.repeat_interleave(2, 0), t.repeat_interleave(2)
@@ -646,7 +664,7 @@ def main(argv=None):
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--num-patients", type=int, default=3600)
-    parser.add_argument("--films", type=Path, help="folder of real films for the VAE")
+    parser.add_argument("--films", type=Path, help="CSV of real films and their findings")
     parser.add_argument("--start", type=Path, help="base whose VAE and U-Net to go on from")
     parser.add_argument("--vae-steps", type=int, default=1900)
     parser.add_argument("--decoder-steps", type=int, default=600)
@@ -661,14 +679,12 @@ def main(argv=None):
     work.mkdir(parents=True, exist_ok=True)
     films, labels = phantom_films(work, args.num_patients, args.size)
     log.info("%d films of %d px", len(films), args.size)
+    real, real_labels = real_films(args.films, args.size) if args.films else (films[:0], [])
     if not (folder / "vae").is_dir():
         mix, lines = device_lines(films)
-        if args.films:
-            paths = sorted(p for p in args.films.iterdir() if p.is_file())
-            real = load_films([p for i, p in enumerate(paths) if i % 5], args.size)
-            # Every fifth is kept for measuring. About a quarter of what the VAE sees is real.
-            real = np.repeat(real, 8, axis=0)
-            mix, lines = np.concatenate([mix, real]), np.concatenate([lines, real < 0])
+        # About a quarter of what the VAE sees is real
+        more = np.repeat(real, round(len(mix) / 3 / len(real)) if len(real) else 1, axis=0)
+        mix, lines = np.concatenate([mix, more]), np.concatenate([lines, more < 0])
         fit_vae(folder, work, mix, lines, args.vae_steps, args.start, device=device)
         refine_decoder(folder, work, mix, lines, args.decoder_steps, device=device)
     if not (folder / "clip").is_dir():
@@ -679,7 +695,11 @@ def main(argv=None):
     settle(folder)
     if not (folder / "unet").is_dir():
         how = {"batch_size": args.unet_batch, "device": device}
-        fit_unet(folder, work, films, labels, args.unet_steps, args.start, **how)
+        latents = cached_latents(folder, work / "latents.npy", films, device)
+        if len(real):
+            more = cached_latents(folder, work / "latents-real.npy", real, device)
+            latents, labels = mixed(latents, labels, more, real_labels)
+        fit_unet(folder, work, latents, labels, args.unet_steps, args.start, **how)
     halve(folder)
     log.info("done: %s", folder)
 

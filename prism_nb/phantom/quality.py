@@ -3,12 +3,13 @@
 What the VAE keeps of a film and of each kind of device, whether CLIP finds what a film shows, and
 whether films generated from captions show what the captions say, as judged by a classifier
 trained on other films.
-    python -m prism_nb.phantom.quality [BASE] [--num-films 500] [--films FOLDER] [--sheet PNG]
+    python -m prism_nb.phantom.quality [BASE] [--num-films 500] [--films CSV] [--sheet PNG]
 Shapes: films (N, H, W) uint8; labels: one dict a film. Intervals are 95 %, by patient.
 """
 
 import argparse
 import json
+import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,10 @@ from prism_nb.captions import PLAIN_FILM, caption
 from prism_nb.classifiers import build_classifier, fit, predict, score_heads
 from prism_nb.diffusion import decode_latents, encode_films, load_model
 from prism_nb.files import write_json
-from prism_nb.images import load_films, uint8_to_unit, unit_to_uint8
+from prism_nb.images import uint8_to_unit, unit_to_uint8
 from prism_nb.metrics import bootstrap_interval, psnr
 from prism_nb.phantom import DEVICE_KINDS, render, sample_patient
-from prism_nb.phantom.pretrain import MAIN, UNCONFOUNDED
+from prism_nb.phantom.pretrain import MAIN, UNCONFOUNDED, real_films
 from prism_nb.regeneration import generate_films
 from prism_nb.scoring import load_clip
 
@@ -51,7 +52,7 @@ def unseen(number, size, seed=UNSEEN, more=True):
 
 def population(count, size, **options):
     """What `unseen` gives of `count` patients, each part as one list; two processes render."""
-    with ProcessPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
         make = partial(unseen, size=size, **options)
         return list(zip(*pool.map(make, range(1, count + 1), chunksize=20), strict=True))
 
@@ -113,7 +114,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", nargs="?", default="phantom")
     parser.add_argument("--num-films", type=int, default=500)
-    parser.add_argument("--films", type=Path, help="folder of real films; every fifth is measured")
+    parser.add_argument("--films", type=Path, help="CSV of real films; every fifth is measured")
     parser.add_argument("--judge-films", type=int, default=2000, help="that the judge learns from")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--sheet", type=Path, help="PNG of generated films beside rendered ones")
@@ -130,8 +131,7 @@ def main(argv=None):
         "device_recall": device_recall(films, bare, kinds, decoded, decoded_bare),
     }
     if args.films:
-        paths = sorted(path for path in args.films.iterdir() if path.is_file())[::5]
-        real = load_films(paths, size)
+        real, _ = real_films(args.films, size, measured=True)
         there = psnr(uint8_to_unit(real), through_vae(model, real))
         found["real_psnr"] = (*bootstrap_interval(there, np.arange(len(real))), len(real))
     truth = np.array([[row[name] for name in MAIN] for row in labels], float)
