@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 from prism_nb.captions import caption, captions, vocabulary
@@ -271,14 +270,13 @@ def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
         loss = loss_of(step)
         optimiser.zero_grad()
         loss.backward()
-        average(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
         if ema:
             ema.step(parameters)
         running.append(loss.detach())
-        if ((step + 1) % every == 0 or step + 1 == steps) and rank_and_world()[0] == 0:
+        if (step + 1) % every == 0 or step + 1 == steps:
             mean, running = torch.stack(running).mean().item(), []
             log.info("%s step %d loss %.4f %.0f s", name, step + 1, mean, time.time() - began)
             state = {
@@ -291,22 +289,6 @@ def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
             )
             with atomic_path(checkpoint) as temporary:
                 torch.save(state, temporary)
-
-
-def rank_and_world():
-    """This process's number, and how many there are: more than one under torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def average(parameters):
-    """Average the gradients of all processes, as one tensor."""
-    if rank_and_world()[1] > 1:
-        grads = [parameter.grad for parameter in parameters]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
 
 
 def fit_vae(folder, work, films, lines, steps, start=None, batch_size=12, device=CPU):
@@ -576,8 +558,8 @@ def fit_unet(
     A film and its twin share noise, timestep and way of captioning, so that what differs between
     them is what the caption says; where that is, a tenth of a film, the loss counts three times.
     Losses are weighted by min-SNR (Hang et al. 2023, gamma 5).
-    Under torchrun each process takes its share of a batch. start: a base whose U-Net to go on from;
-    it must have been trained on the same VAE and text encoder, or nearly so.
+    start: a base whose U-Net to go on from; it must have been trained on the same VAE and text
+    encoder, or nearly so.
     """
     from diffusers import DDIMScheduler, UNet2DConditionModel
     from diffusers.training_utils import EMAModel
@@ -597,8 +579,6 @@ def fit_unet(
     ema = EMAModel(
         unet.parameters(), decay=0.999, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=True
     )
-    rank, world = rank_and_world()
-    share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
     weight = snr_weights(scheduler, torch.arange(NUM_TIMESTEPS), gamma=5).to(device)
 
     def loss_of(step):
@@ -614,18 +594,16 @@ def fit_unet(
         t = torch.randint(0, NUM_TIMESTEPS, (pairs,), generator=generator, device=device)
         noise, t = noise.repeat_interleave(2, 0), t.repeat_interleave(2)
         told = 1 + 2 * ((z0[::2] - z0[1::2]).abs().amax(1, keepdim=True) > TOLD).float()
-        told = told.repeat_interleave(2, 0)[share]
-        z0, noise, t = z0[share], noise[share], t[share]
+        told = told.repeat_interleave(2, 0)
         noisy = scheduler.add_noise(z0, noise, t)
-        cond = embedded[torch.from_numpy(words[share]).to(device)].float()
+        cond = embedded[torch.from_numpy(words).to(device)].float()
         with torch.autocast(device.type, dtype=torch.bfloat16):
             eps = unet(noisy, t, encoder_hidden_states=cond).sample
         return (weight[t] * (told * (eps.float() - noise).square()).mean((1, 2, 3))).mean()
 
     train(unet, list(unet.parameters()), loss_of, steps, rate, work, "unet", ema=ema)
     ema.copy_to(unet.parameters())
-    if rank == 0:
-        unet.save_pretrained(folder / "unet")
+    unet.save_pretrained(folder / "unet")
 
 
 @torch.no_grad()
