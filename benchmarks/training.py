@@ -41,9 +41,11 @@ def step(case):
     exact, rounded = (loss_of(mine, latents, kind) for kind in (torch.float32, torch.bfloat16))
     gate = same_latents(case, loops["PRISM's loop"], latents)
     gate.append(check("loss in bf16, relative", abs(rounded / exact - 1), 0.03))
-    kinds = [("bf16", case.scale.batch), ("fp32", case.scale.batch)][: 1 + (not case.brief)]
+    size = case.scale.batch
+    kinds = [("bf16", size), ("fp32", size)][: 1 + (not case.brief)]
     if case.gpu:  # as it comes at several batches, then compiled
-        kinds = [("bf16", batch) for batch in (8, 32, 64)] + [("bf16, compiled", 32)]
+        kinds = [("bf16", batch) for batch in (max(1, size // 4), size, 2 * size)]
+        kinds.append(("bf16, compiled", size))
     for kind, batch in kinds:
         precision, _, made = kind.partition(", ")
         ours, bf16 = updates(mine, latents, precision, batch), precision == "bf16"

