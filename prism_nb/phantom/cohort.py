@@ -147,10 +147,15 @@ def _difference(held, recipe):
     return "it has more in its recipe"
 
 
+def num_processors():
+    """How many processors this process may use: on a cluster fewer than the machine has."""
+    able = getattr(os, "sched_getaffinity", None)
+    return len(able(0)) if able else os.cpu_count() or 1
+
+
 def _num_workers(workers, missing):
     if workers is None:
-        able = getattr(os, "sched_getaffinity", None)  # fewer than the machine has, on a cluster
-        workers = min(len(able(0)) if able else os.cpu_count() or 1, missing // ENOUGH)
+        workers = min(num_processors(), missing // ENOUGH)
         return workers if workers > 1 else 0
     return min(workers, max(missing, 1))
 

@@ -11,7 +11,6 @@ Shapes: films (N, H, W) uint8; images (B, 3, H, W) in [-1, 1]; z (B, C, H/8, W/8
 import argparse
 import json
 import logging
-import os
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +29,7 @@ from prism_nb.files import atomic_path, read_json, write_json
 from prism_nb.findings import FINDINGS
 from prism_nb.images import load_films, uint8_to_unit, unit_to_sd
 from prism_nb.phantom import DRAWN, render, sample_patient
+from prism_nb.phantom.cohort import num_processors
 from prism_nb.phantom.graph import PREVALENCE
 
 log = logging.getLogger("pretrain")
@@ -232,7 +232,7 @@ def phantom_films(work, num_patients, size):
     """Render the training films once: uint8 (N * FAMILY, H, W), memory-mapped, and their labels."""
     path = work / f"films-{size}.npy"
     if not path.is_file():
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
+        with ProcessPoolExecutor(num_processors()) as pool:
             numbers = range(1, num_patients + 1)
             made = list(pool.map(partial(_family, size=size), numbers, chunksize=25))
         films, labels = zip(*made, strict=True)
@@ -527,7 +527,7 @@ def cached_latents(folder, path, films, device=CPU):
 
 
 def mixed(latents, labels, real, real_labels):
-    """Add real films to families' latents, each as a family of equals, a tenth of all as MIXED."""
+    """Add real films to families' latents, each as families of equals, so that MIXED are real."""
     times = max(1, round(MIXED / (1 - MIXED) * len(latents) / (len(real) * FAMILY)))
     rows = np.tile(np.repeat(np.arange(len(real)), FAMILY), times)
     return torch.cat([latents, real[rows]]), [*labels, *(real_labels[row] for row in rows)]

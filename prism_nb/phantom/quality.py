@@ -9,7 +9,6 @@ Shapes: films (N, H, W) uint8; labels: one dict a film. Intervals are 95 %, by p
 
 import argparse
 import json
-import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from prism_nb.files import write_json
 from prism_nb.images import uint8_to_unit, unit_to_uint8
 from prism_nb.metrics import bootstrap_interval, psnr
 from prism_nb.phantom import DEVICE_KINDS, render, sample_patient
+from prism_nb.phantom.cohort import num_processors
 from prism_nb.phantom.pretrain import MAIN, UNCONFOUNDED, real_films
 from prism_nb.regeneration import generate_films
 from prism_nb.scoring import load_clip
@@ -51,8 +51,8 @@ def unseen(number, size, seed=UNSEEN, more=True):
 
 
 def population(count, size, **options):
-    """What `unseen` gives of `count` patients, each part as one list; two processes render."""
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    """What `unseen` gives of `count` patients, each part as one list; all processors render."""
+    with ProcessPoolExecutor(num_processors()) as pool:
         make = partial(unseen, size=size, **options)
         return list(zip(*pool.map(make, range(1, count + 1), chunksize=20), strict=True))
 
