@@ -88,7 +88,7 @@ def edit(
         seen = raw[part], floor, evidence, dials.threshold, job.films
         here = [_mask(one, part, *seen) for one in given]
         masks[part] = m.union(here, None if keep is None else keep[part])
-        inside = m.restore_detail(job.films, floor, raw[part], dials.detail)
+        inside = m.restore_detail(job.films, floor, raw[part], dials.grain)
         made[part] = m.composite(job.films, inside, masks[part], dials.feather)
         if progress:
             progress(start + len(part), len(rows))
@@ -137,7 +137,7 @@ def _side(model, inversion):
 
 def _given(dials, shape):
     """The masks asked for, "none", "auto" or (R, H, W) bool, and the one to keep, or None."""
-    masks = dials.mask if isinstance(dials.mask, list | tuple) else [dials.mask]
+    masks = dials.masks
     words = {mask for mask in masks if isinstance(mask, str)}
     if not masks or not words <= {"none", "auto"}:
         raise ValueError(f"mask is {dials.mask!r}; it must be 'none', 'auto', or an array")
@@ -169,7 +169,7 @@ def _generate(job):
             film = job.inversion.film_ids[row]
             raise ValueError(f"an edit of film {film} is not finite: lower guidance_scale")
     raw = decode_latents(job.model, z).numpy()
-    if not (job.dials.automatic or job.dials.detail):
+    if not (job.dials.automatic or job.dials.grain):
         return raw, None, evidence
     rows, back = np.unique(job.rows, return_inverse=True)
     z0 = job.inversion.trajectory[0][torch.as_tensor(rows)]

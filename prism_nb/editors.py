@@ -46,9 +46,9 @@ class Dials:
     blend_threshold: float = 0.3  # of the largest attention; 0 blends everywhere
     mask: object = "auto"  # "none", "auto", an array; a list of some: their union
     keep: object = None  # an array of what may not change; it wins over every mask
-    threshold: float = 1.0  # of the automatic mask, times Otsu's
+    threshold: float = 0.8  # of the automatic mask, times Otsu's
     feather: float = 0  # pixels over which an edit fades in, inside its mask
-    detail: float = 0.0  # share of the film's grain given back inside the mask
+    detail: float = 1.0  # share of the film's grain given back inside a mask; without one, none
     hold: tuple = ()  # captions; what tells them from T stays as it is
     seed: int = 0  # of the peers' noise, with the film's id
 
@@ -64,10 +64,20 @@ class Dials:
             raise ValueError(f"hold is {self.hold!r}; give a list of captions")
 
     @property
+    def masks(self):
+        """The masks asked for, as a list."""
+        return list(self.mask) if isinstance(self.mask, list | tuple) else [self.mask]
+
+    @property
     def automatic(self):
         """Whether an automatic mask is asked for."""
-        masks = self.mask if isinstance(self.mask, list | tuple) else [self.mask]
-        return any(isinstance(mask, str) and mask == "auto" for mask in masks)
+        return any(isinstance(mask, str) and mask == "auto" for mask in self.masks)
+
+    @property
+    def grain(self):
+        """What `detail` comes to: an edit without a mask stays as decoded."""
+        unmasked = all(isinstance(mask, str) and mask == "none" for mask in self.masks)
+        return 0.0 if unmasked else self.detail
 
 
 class Job(NamedTuple):

@@ -18,6 +18,7 @@ VISIBLE = 0.5 / 255  # half a grey level: no 8-bit film shows a smaller change
 # A film is kept where the edit would alter it by less than this: what a VAE loses of most grain.
 # Of .03 to .05 on twelve films an edit, each a trade between what is removed and what is spared.
 FINE = 0.04
+SURE = 0.25  # and where it moves less than this share of what the VAE loses there, as at letters
 
 
 class NoiseDifference:
@@ -63,13 +64,13 @@ def without(steps, held):
     return left.permute(2, 0, 1).reshape(steps.shape)
 
 
-def automatic(edited, reconstruction, evidence=(), threshold=1.0, films=None):
+def automatic(edited, reconstruction, evidence=(), threshold=0.8, films=None):
     """Where edits acted, (R, H, W) bool: where pixels moved, times other evidence (R, h, w).
 
     threshold: times Otsu's; below 1 masks grow. Where no pixel moved by half a grey level a mask
     is empty. Specks of less than 1 / 2000 of the film go; the rest gets a margin of side / 64.
-    films: given, a mask shrinks to where they would change by FINE, and side / 128 around, so
-    that texture and letters that the VAE only blurs stay as they are.
+    films: given, a mask shrinks to where they would change by FINE, and side / 128 around, and
+    where the edit moved SURE of what the VAE loses: texture and letters that it only blurs stay.
     """
     pixels = _smooth(np.abs(np.asarray(edited, np.float64) - reconstruction))
     joint = pixels
@@ -83,7 +84,11 @@ def automatic(edited, reconstruction, evidence=(), threshold=1.0, films=None):
     cuts = [threshold * otsu(one) for one in joint]
     near = (joint > np.reshape(cuts, (-1, 1, 1))) & (pixels > VISIBLE)
     masks = np.stack([_clean(one) for one in near])
-    return masks if films is None else masks & _altered(films, edited)
+    if films is None:
+        return masks
+    return (
+        masks & _altered(films, edited) & (pixels > SURE * _smooth(np.abs(films - reconstruction)))
+    )
 
 
 def _altered(films, edited):
@@ -143,18 +148,17 @@ def union(masks, keep=None):
     return joint if keep is None else joint & ~keep
 
 
-def restore_detail(films, reconstruction, edited, amount=1.0, change=0.03, residual=0.04):
+def restore_detail(films, reconstruction, edited, amount=1.0, residual=0.02):
     """Give edited films back the grain that the VAE lost: (R, H, W) in [0, 1].
 
-    Adds amount (0 is off) of film - reconstruction where the edit left the film alone (it moved
-    well below `change`) and where the VAE reproduces it (the local RMS of what it lost is well
-    below `residual`): a thin wire that it cannot code must not come back once removed.
+    Adds amount (0 is off) of film - reconstruction where the VAE reproduces the film (the local
+    RMS of what it lost is well below `residual`): a thin wire that it cannot code must not come
+    back once removed.
     """
     if amount == 0:
         return edited
     lost = films - reconstruction
-    moved, rms = _smooth(np.abs(edited - reconstruction)), _smooth(lost**2) ** 0.5
-    gate = np.exp(-((moved / change) ** 2) - (rms / residual) ** 2)
+    gate = np.exp(-_smooth(lost**2) / residual**2)
     return np.clip(edited + amount * gate * lost, 0, 1).astype(edited.dtype)
 
 

@@ -140,13 +140,13 @@ def test_outside_the_mask_films_are_as_given_and_a_full_one_changes_nothing(calm
     free = edit(calm, inversion, films, range(3), OTHER, mask="none", keep_raw=True)
     assert np.array_equal(free.films, free.raw)
     for given in (films, unit, unit.astype(np.float64)):
-        made = edit(calm, inversion, given, range(3), OTHER, mask=half)
+        made = edit(calm, inversion, given, range(3), OTHER, mask=half, detail=0.0)
         assert made.films.dtype == np.float32
         assert made.films[:, :, 30:].tobytes() == unit[:, :, 30:].tobytes()
         assert np.array_equal(made.films[:, :, :30], free.films[:, :, :30])
-    full = edit(calm, inversion, films, range(3), OTHER, mask=np.ones((3, 64, 64)))
+    full = edit(calm, inversion, films, range(3), OTHER, mask=np.ones((3, 64, 64)), detail=0.0)
     assert np.array_equal(full.films, free.films)
-    none = edit(calm, inversion, films, range(3), OTHER, mask=~np.ones((64, 64), bool), detail=1.0)
+    none = edit(calm, inversion, films, range(3), OTHER, mask=~np.ones((64, 64), bool))
     assert none.films.tobytes() == unit.tobytes()
     assert none.area.tolist() == [0, 0, 0]
 
@@ -175,14 +175,17 @@ def test_masks_follow_their_edits_whatever_the_batch(calm, films, inversion):
     assert np.array_equal(made.films[~given], unit[~given])
 
 
-def test_detail_gives_grain_back_inside_the_mask(calm, films, inversion):
+def test_detail_gives_grain_back_inside_a_mask_and_only_there(calm, films, inversion):
     unit, floor = films.astype(np.float32) / 255, decoded(calm, inversion)
-    off, on = (
-        edit(calm, inversion, films, range(3), CAPTIONS, mask="none", detail=dial).films
+    given = {"none": "none", "full": np.ones((64, 64), bool)}
+    made = {
+        (name, dial): edit(calm, inversion, films, range(3), CAPTIONS, mask=mask, detail=dial).films
+        for name, mask in given.items()
         for dial in (0.0, 1.0)
-    )
-    close(off, floor)
-    assert abs(on - unit).mean() < abs(off - unit).mean()
+    }
+    for unmasked in (("none", 0.0), ("none", 1.0), ("full", 0.0)):
+        close(made[unmasked], floor)
+    assert abs(made["full", 1.0] - unit).mean() < abs(floor - unit).mean()
 
 
 # Prompt-to-prompt
