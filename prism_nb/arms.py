@@ -33,7 +33,7 @@ ARMS = {
     "standard_augmentation": "the same, each time moved, turned, scaled and brightened a little",
     "text_to_image": "films generated from noise under the counterfactuals' captions",
     "gan_counterfactuals": "GANterfactual's device edits of the same films",
-    "counterfactuals": "PRISM's counterfactuals, all of them",
+    "counterfactuals": "the counterfactuals that 04_edit made, all of them",
     "counterfactuals_filtered": "those alone that pass the S_CLIP filter, repeated to the budget",
     "true_counterfactuals": "the same edits rendered: the ceiling, on the phantom alone",
     "group_balanced": "real films, the four groups drawn evenly",

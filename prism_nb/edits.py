@@ -24,7 +24,7 @@ from prism_nb.findings import FINDINGS, finding_from, slug
 from prism_nb.images import load_image, save_png, uint8_to_unit, unit_to_uint8
 
 PLAN = ("film_id", "patient_id", "split", "edit", "finding", "present", "source", "target", "row")
-OWN = "PRISM"  # the method's name in tables
+OWN = "ours"  # in tables: what 04_edit made by its own preset
 FLOORS = {"vae": "VAE", "reconstruction": "inversion", "sham edit": "sham edit"}
 _DEVICES, _EFFUSION, _HEART = "Support Devices", "Pleural Effusion", "Cardiomegaly"
 _PAPER = (  # an edit, and the finding that may stand beside it (section 3.2)

@@ -25,7 +25,7 @@ from prism_nb.inversion import invert
 
 PAPER = pd.DataFrame(  # Table 2 of the paper; CPG is absolute there, by another classifier each
     {"l1": [0.091, 0.031], "cpg_absolute": [0.781, 0.845]},
-    index=[f"{GAN} (paper, CheXpert)", f"{OWN} (paper, CheXpert)"],
+    index=[f"{GAN} (paper, CheXpert)", "PRISM (paper, CheXpert)"],
 )
 PAPER_EDIT = "remove Support Devices"
 PAPER_ACCURACY = (0.80, 0.87, 0.91, 0.86)  # Table 3, first row, in the order of PAPER_HEADS
@@ -63,6 +63,12 @@ def nested(frame, *keys):
             inner = inner.setdefault(str(row.pop(key)), {})
         inner.update(row)
     return found
+
+
+def wide(tidy, metric):
+    """Rows of one metric, as figures.plot_methods takes them: its name, name_low and name_high."""
+    part = tidy[(tidy["metric"] == metric) & tidy["n"].notna()]
+    return part.rename(columns={"mean": metric, "low": f"{metric}_low", "high": f"{metric}_high"})
 
 
 def laid_out(tidy, names, digits=3):
@@ -150,8 +156,8 @@ def labels_around(cohort, plan, heads=PAPER_HEADS):
     return [[list(film[heads]) for film in pair] for pair in edited]
 
 
-def prism_editors(model, made, plan):
-    """PRISM as functions of films (B, H, W): null edit, the edits of a plan, and their opposites.
+def own_editors(model, made, plan):
+    """Our editor as functions of films (B, H, W): null edit, a plan's edits, and their opposites.
 
     Each inverts the films anew under what they show. The null edit (T' = T) has no mask, under
     which it would change nothing. made: the recorded parameters of 03_invert and 04_edit.
@@ -173,7 +179,7 @@ def prism_editors(model, made, plan):
 
 
 def gan_editors(gan, present):
-    """GANterfactual as prism_editors, for films that show its finding (`present`) or do not."""
+    """GANterfactual as own_editors, for films that show its finding (`present`) or do not."""
 
     def turn(films, to):
         return uint8_to_unit(translate(gan, unit_to_uint8(films), to))
@@ -216,14 +222,21 @@ def realism(cases, real, features, seed=0):
 
 
 def filtered(measured, plan):
-    """Our own edits with s_clip, kept and `error`: to the truth, or 1 - CPG where none is known."""
-    own = measured[measured["method"] == OWN].reset_index(drop=True)
+    """Our own edits with s_clip, kept and `error`: in the true change, over that of doing nothing.
+
+    Not over the whole film, where an edit that does nothing would come out well. Where no truth is
+    known, 1 - CPG.
+    """
+    own, nothing = (
+        measured[measured["method"] == name].reset_index(drop=True) for name in (OWN, NOTHING)
+    )
     own = own.assign(kept=plan["kept"].to_numpy(bool))
-    known = "true_error" in own and own["true_error"].notna().any()
-    return own.assign(error=own["true_error"] if known else 1 - own["cpg"])
+    if "error_inside" in own and own["error_inside"].notna().any():
+        return own.assign(error=own["error_inside"] / nothing["error_inside"])
+    return own.assign(error=1 - own["cpg"])
 
 
-def filter_sentence(own, what="error to the truth", num_bootstrap=1000, seed=0):
+def filter_sentence(own, what="error in the true change", num_bootstrap=1000, seed=0):
     """Say whether the S_CLIP filter helps, whichever way it came out; own: of `filtered`.
 
     Errors are divided by the mean of their kind of edit, so that a hard kind does not decide.
@@ -269,8 +282,9 @@ def worst(own, each=2):
 def check_goals(tidy, heads):
     """What was hoped for, fixed beforehand, against what came out: goal, found, met.
 
-    tidy: of table2; heads: of score_heads. CPG and L1 are the paper's Table 2, of CheXpert; where
-    the perfect editor itself misses one, films and judge do not allow it.
+    tidy: of table2; heads: of score_heads. CPG and L1 are the paper's Table 2, accuracies its
+    Table 3, of CheXpert; leakage and AUROC are our own. Where the perfect editor itself misses
+    one, films and judge do not allow it.
     """
     part = tidy[tidy["edit"] == PAPER_EDIT]
     mine = {(row.metric, row.method): row for row in part.itertuples()}

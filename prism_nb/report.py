@@ -105,7 +105,7 @@ CAPTIONS = {  # what to see; the figures say of how many films
     "measured": "Every edit by every method: the numbers behind Table 2.",
     "leakage": "Mean change of each head's probability, made and true.",
     "logits": "How far the VAE, the sham edit and each inversion move the judge's logits.",
-    "cycles": "L1 to the film after null edits (PRISM's without a mask) and edits taken back.",
+    "cycles": "L1 to the film after null edits (ours without a mask) and edits taken back.",
     "realism": "Distance of the films to others of the cohort (KID, lower is closer).",
     "table3": "Accuracy on the test split by arm, training and head.",
     "groups": "Accuracy for effusion in the four groups of the balanced test.",
@@ -210,7 +210,7 @@ def _results(folder: Path, manifest: dict) -> str:
     if not path.exists():
         return ""
     tidy = pandas.read_csv(path)
-    again = tidy["method"].isin(("inversion", "PRISM, S_CLIP filter"))  # table2 has them
+    again = tidy["method"].isin(("inversion", "ours, S_CLIP filter"))  # table2 has them
     tidy = tidy[tidy["metric"].isin(RESULTS) & tidy["n"].notna() & ~again]
     last = (tidy["method"] == "perfect editor").argsort(kind="stable")
     wide = _wide(_readable(tidy.iloc[last]))

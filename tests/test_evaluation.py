@@ -292,7 +292,7 @@ def test_cycles_of_an_exact_editor_are_zero():
         np.testing.assert_allclose(table.loc[("fading", count), "reversibility"], lost, rtol=1e-4)
 
 
-def test_prism_takes_its_edits_back_with_the_captions_exchanged(monkeypatch):
+def test_our_editor_takes_its_edits_back_with_the_captions_exchanged(monkeypatch):
     asked = []
     monkeypatch.setattr(evidence, "encode_films", lambda model, films: films)
     monkeypatch.setattr(evidence, "invert", lambda model, z0, ids, texts, *how: (ids, texts, how))
@@ -306,7 +306,7 @@ def test_prism_takes_its_edits_back_with_the_captions_exchanged(monkeypatch):
     made["04_edit"] = {"seed": 0, "guidance_scale": 0, "mask": "preset", "detail": -1}
     made["04_edit"]["preset"] = "default"
     plan = pd.DataFrame({"film_id": ["f"], "source": ["T"], "target": ["T'"]})
-    for turn in evidence.prism_editors(None, made, plan):
+    for turn in evidence.own_editors(None, made, plan):
         turn(np.ones((1, 2, 2)))
     how = ("direct", 7)
     assert asked[0] == (["f"], ["T"], how, [0], ["T"], "none")

@@ -100,8 +100,8 @@ def test_methods_show_their_intervals():
 
 
 def test_names_are_those_that_a_reader_knows():
-    axes = figures.plot_pairs([[FILMS[0]] * 3], ["original", "sdedit", "PRISM, S_CLIP filter"])
-    assert [ax.get_title() for ax in axes[0]] == ["original", "SDEdit", "PRISM, S_CLIP filter"]
+    axes = figures.plot_pairs([[FILMS[0]] * 3], ["original", "sdedit", "ours, S_CLIP filter"])
+    assert [ax.get_title() for ax in axes[0]] == ["original", "SDEdit", "ours, S_CLIP filter"]
 
 
 def test_lines_of_a_title_stay_apart():

@@ -160,7 +160,7 @@ def test_tables_metrics_parameters_and_versions(report):
 def test_results_come_first_and_by_edit(folder):
     lines = [
         (edit, method, metric, 4.0, 4.0, mean, mean - 0.25, mean + 0.25)
-        for method, mean in (("PRISM", 0.5), ("sdedit", 0.125), ("inversion", 0.0))
+        for method, mean in (("ours", 0.5), ("sdedit", 0.125), ("inversion", 0.0))
         for edit in ("remove Edema", "add Edema")
         for metric in ("cpg", "tea_effectiveness", "ssim")
     ]
@@ -173,9 +173,9 @@ def test_results_come_first_and_by_edit(folder):
     start = found.index(["edit", "method", "n", "effectiveness", "gain (signed CPG)"])
     half, eighth = "0.500 (0.250 to 0.750)", "0.125 (-0.125 to 0.375)"
     assert found[start + 1 : start + 5] == [
-        ["remove Edema", "PRISM", "4", half, half],
+        ["remove Edema", "ours", "4", half, half],
         ["", "SDEdit", "4", eighth, eighth],
-        ["add Edema", "PRISM", "4", half, half],
+        ["add Edema", "ours", "4", half, half],
         ["", "SDEdit", "4", eighth, eighth],
     ]
     assert ["edit", "method", "n", "cpg", "tea effectiveness", "ssim"] in found
