@@ -26,6 +26,7 @@ from prism_nb.regeneration import walk_down
 CONTROLS = ("plain", "p2p", "p2p+blend")
 RANGES = {"guidance_scale": (0, 50), "reweight": (-10, 10), "threshold": (0, 10)}
 RANGES |= {"feather": (0, 512), "seed": (0, 2**63)}
+NO_HOLD = ("diffedit", "ledits++")  # they have no one direction of an edit to take from
 SHARES = ("strength", "cross_replace", "self_replace", "blend_threshold", "detail")
 RANGES |= dict.fromkeys(SHARES, (0, 1))
 
@@ -62,6 +63,8 @@ class Dials:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         if isinstance(self.hold, str):
             raise ValueError(f"hold is {self.hold!r}; give a list of captions")
+        if self.hold and self.method in NO_HOLD:
+            raise ValueError(f"{self.method} cannot hold captions: leave hold out, or use another")
 
     @property
     def masks(self):

@@ -135,7 +135,8 @@ def recorded_dials(editing):
 def recipe(inversion, preset, **dials):
     """How an edit is made, as columns: the inversion, the preset, and each dial's value.
 
-    With film_id, source (T) and target (T') that is all it takes to make the edit again.
+    With film_id, source (T) and target (T') that is all it takes for the same version of this
+    package to make the edit again; the seed is that of the inversion's noise, too.
     """
     from prism_nb.editing import choose
 
@@ -169,7 +170,9 @@ def edit_film(
     how = PRESETS[preset].inversion
     how = {"method": method} if method and method != how["method"] else how
     z0 = encode_films(model, film[None])
-    inversion = invert(model, z0, [film_id], [source], num_steps=num_steps, **how)
+    inversion = invert(
+        model, z0, [film_id], [source], num_steps=num_steps, seed=dials.get("seed", 0), **how
+    )
     edited = edit(model, inversion, film[None], [0], [target], preset=preset, **dials)
     return edited, recipe(inversion, preset, **dials)
 

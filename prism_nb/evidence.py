@@ -18,7 +18,7 @@ from prism_nb.diffusion import encode_films
 from prism_nb.editing import edit
 from prism_nb.edits import FLOORS, OWN, recorded_dials
 from prism_nb.evaluation import GAN, NOTHING, PERFECT
-from prism_nb.findings import PAPER_HEADS
+from prism_nb.findings import PAPER_HEADS, known_labels
 from prism_nb.ganterfactual import translate
 from prism_nb.images import uint8_to_unit, unit_to_uint8
 from prism_nb.inversion import invert
@@ -152,8 +152,9 @@ def labels_around(cohort, plan, heads=PAPER_HEADS):
     """What a film shows before and after an edit: two lists of labels an edit, for Figure 6."""
     films, heads = cohort.table.set_index("film_id").loc[plan["film_id"]], list(heads)
     pairs = zip(films.iloc, plan.itertuples(), strict=True)
-    edited = [(film, edit_labels(film, row.finding, bool(row.present))) for film, row in pairs]
-    return [[list(film[heads]) for film in pair] for pair in edited]
+    edited = [edit_labels(film, row.finding, bool(row.present)) for film, row in pairs]
+    before, after = (known_labels(part, heads).tolist() for part in (films, pd.DataFrame(edited)))
+    return [list(pair) for pair in zip(before, after, strict=True)]
 
 
 def own_editors(model, made, plan):
@@ -167,7 +168,7 @@ def own_editors(model, made, plan):
 
     def turn(films, source, target, **more):
         z0 = encode_films(model, films)
-        how = inverting["inversion"], inverting["num_ddim_steps"]
+        how = (inverting[name] for name in ("inversion", "num_ddim_steps", "seed"))
         inverted = invert(model, z0, ids, source, *how)
         return edit(model, inverted, films, range(len(ids)), target, **dials | more).films
 

@@ -351,10 +351,11 @@ METHODS = {
 }
 
 
-def invert(model, z0, film_ids, captions, method="direct", num_steps=50, **dials):
+def invert(model, z0, film_ids, captions, method="direct", num_steps=50, seed=0, **dials):
     """Invert the latents z0 (B, C, h, w) of films with their captions: one Inversion.
 
-    dials: the keyword arguments of the method's own function. Raises ValueError on latents that
+    seed: of the noise, where the method draws any, with the film's id. dials: the other keyword
+    arguments of the method's own function. Raises ValueError on latents that
     are not finite (and says which film), and on a method, dial or value that does not exist.
     """
     if method not in METHODS:
@@ -367,11 +368,12 @@ def invert(model, z0, film_ids, captions, method="direct", num_steps=50, **dials
     if bad:
         raise ValueError(f"the latent of film {bad[0]} is not finite: look at the film and the VAE")
     allowed = list(inspect.signature(METHODS[method]).parameters)[4:]
-    given = dials | ({"film_ids": list(film_ids)} if "film_ids" in allowed else {})
+    more = {"film_ids": list(film_ids), "seed": seed}
+    given = dials | {name: value for name, value in more.items() if name in allowed}
     unknown = [name for name in dials if name not in allowed]
     if unknown:
         raise ValueError(f"{method} has no dial {unknown[0]!r}; its dials: {allowed}")
-    for name, value in {"num_steps": num_steps, **dials}.items():
+    for name, value in {"num_steps": num_steps, "seed": seed, **dials}.items():
         check_range(name, value)
     cond = embed_captions(model, captions)
     z0 = z0.to(model.device).contiguous()  # as it will be read from a file

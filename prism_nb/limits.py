@@ -19,6 +19,7 @@ from prism_nb.classifiers import load_classifier
 from prism_nb.diffusion import encode_films
 from prism_nb.editing import Edited, edit
 from prism_nb.edits import recorded_dials
+from prism_nb.findings import known_labels
 from prism_nb.images import load_films, uint8_to_unit
 from prism_nb.inversion import invert
 from prism_nb.judging import asker
@@ -45,10 +46,9 @@ def invert_again(model, made, films, rows):
     made: the recorded parameters of 03_invert and 04_edit.
     """
     ids, texts = list(rows["film_id"]), list(rows["caption"])
-    how = made["03_invert"]
-    return invert(
-        model, encode_films(model, films), ids, texts, how["inversion"], how["num_ddim_steps"]
-    )
+    how, z0 = made["03_invert"], encode_films(model, films)
+    steps, seed = how["num_ddim_steps"], how["seed"]
+    return invert(model, z0, ids, texts, how["inversion"], steps, seed)
 
 
 def edit_again(model, made, inverted, films, rows, targets, holds=None, **dials):
@@ -95,7 +95,7 @@ def with_both(table, count):
 
 def shares(table, names=ATTRIBUTES):
     """P(column | row) between attributes, over the films where both are known."""
-    values = table[list(names)].astype(float)
+    values = pd.DataFrame(known_labels(table, names), columns=list(names))
     return pd.DataFrame(
         {
             column: [values.loc[values[row] == 1, column].mean() for row in names]

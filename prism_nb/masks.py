@@ -69,8 +69,9 @@ def automatic(edited, reconstruction, evidence=(), threshold=0.8, films=None):
 
     threshold: times Otsu's; below 1 masks grow. Where no pixel moved by half a grey level a mask
     is empty. Specks of less than 1 / 2000 of the film go; the rest gets a margin of side / 64.
-    films: given, a mask shrinks to where they would change by FINE, and side / 128 around, and
-    where the edit moved SURE of what the VAE loses: texture and letters that it only blurs stay.
+    films: given, what is left shrinks to where they would change by FINE, and side / 128 around,
+    and where the edit moved SURE of what the VAE loses there, however small the islands: texture
+    and letters that it only blurs stay.
     """
     pixels = _smooth(np.abs(np.asarray(edited, np.float64) - reconstruction))
     joint = pixels

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from prism_nb.diffusion import ModelError, locate
-from prism_nb.files import read_json
 
 # Encoders by a short name: the paper's, and one trained on medical images, chest films among them
 # (gated: its terms are accepted on the hub). Any CLIP or SigLIP of transformers does as well.
@@ -96,7 +95,8 @@ def load_clip(clip_model, base_model, device):
     else:
         tokens = folder
     try:
-        clip = AutoModel.from_pretrained(folder, use_safetensors=True)
+        # Of half-precision embeddings, two that are alike differ by rounding alone.
+        clip = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(tokens)
         clip.get_text_features, clip.get_image_features  # noqa: B018
     except AttributeError:
@@ -107,12 +107,13 @@ def load_clip(clip_model, base_model, device):
         raise ModelError(
             f"cannot load CLIP {clip_model}: {str(error).strip().splitlines()[0][:160]}"
         ) from error
-    return ClipScorer(clip.to(device), tokenizer, *_statistics(Path(folder)))
+    return ClipScorer(clip.to(device), tokenizer, *_statistics(folder))
 
 
 def _statistics(folder):
-    """Mean and std of the image processor; CLIP's own where the folder holds none."""
-    path = folder / "preprocessor_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    default = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
-    return settings.get("image_mean", default[0]), settings.get("image_std", default[1])
+    """Mean and std of the image processor of a folder or hub name; CLIP's own where it has none."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError):
+        return [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    return processor.image_mean, processor.image_std

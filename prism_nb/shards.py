@@ -150,14 +150,13 @@ def read_request(run, split="test", settings=None, format="png"):
     values = check_profile(values, where="edit-cohort")
     how = validate("03_invert", for_notebook(values, "03_invert"))
     p = validate("04_edit", for_notebook(values, "04_edit"))
-    seed = {"seed": p.seed} if how.inversion == "ddpm" else {}
     names = ("edits", "preset", "s_clip_min", "clip_model")
     names += ("edit_batch_size", "precision", "device")
     base, clip = read_json(run / "model" / "base.json"), resolve_clip(p.clip_model)
     films = read_json(run / "cohort.json")["settings"]
     code = {Path(__file__), *reached_modules("from prism_nb import edits, scoring")}
     return {name: getattr(p, name) for name in names} | {
-        "inversion": {"method": how.inversion, "num_steps": how.num_ddim_steps} | seed,
+        "inversion": {"method": how.inversion, "num_steps": how.num_ddim_steps, "seed": p.seed},
         "dials": given_dials(p),
         "split": split,
         "format": format,

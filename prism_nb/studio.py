@@ -32,6 +32,7 @@ FILM, WIPE = "film", "original | counterfactual"
 PANELS = (FILM, WIPE, "difference", "mask", "true counterfactual", "true difference")
 MASKS = [("automatic", "auto"), ("none: the whole film", "none"), ("a box", "box")]
 MOST_FILMS, MOST_EDITS, SMALL = 60, 12, 72  # thumbnails at once, history, pixels of a thumbnail
+UNSHOWN = ("threshold", "detail", "seed")  # dials without a widget: kept as an edit had them
 CHOSEN = "#d55e00"
 
 
@@ -78,7 +79,7 @@ class Studio:
         side, wide = self.bench.side, {"layout": W.Layout(width="98%")}
         self.preset = W.Dropdown(options=list(PRESETS), description="preset")
         self.method = W.Dropdown(options=list(METHODS), description="inversion")
-        self.guidance = W.FloatSlider(max=15, step=0.5, description="guidance w")
+        self.guidance = W.FloatSlider(max=25, step=0.5, description="guidance w")
         self.steps = W.BoundedIntText(min=1, max=999, description="steps N")
         self.strength = W.FloatSlider(min=0.05, max=1, step=0.05, description="strength")
         self.mask = W.Dropdown(options=MASKS, description="mask")
@@ -169,6 +170,7 @@ class Studio:
         call["mask"] = self._box("mask") if self.mask.value == "box" else self.mask.value
         if self.keep.value:
             call["keep"] = self._box("keep")
+        call |= self.others
         return call | ({"strength": self.strength.value} if self._is_peer() else {})
 
     def run(self):
@@ -300,6 +302,7 @@ class Studio:
                 sliders[0].value, sliders[1].value = (left, right), (top, bottom)
         self.mask.value = dials["mask"] if isinstance(dials["mask"], str) else "box"
         self.keep.value = dials["keep"] is not None
+        self.others = {name: call[name] for name in UNSHOWN if name in call}
 
     def _box(self, name):
         (left, right), (top, bottom) = (slider.value for slider in self.boxes[name])

@@ -46,7 +46,8 @@ from prism_nb.run import project_root, resolve_path, versions
 from prism_nb.scoring import load_clip
 
 CALLS = {"fixed_point": 5, "null_text": 12}  # of the U-Net a step, about; other inversions: 1
-AREAS, STORED = ("mask", "keep"), ("guidance_scale", "strength", "mask", "detail", "seed")
+AREAS = ("mask", "keep")
+STORED = ("guidance_scale", "strength", "mask", "threshold", "detail", "seed")
 MOST = 8  # inversions kept
 COLOURS = {"mask": (230, 159, 0), "keep": (86, 180, 233)}
 FACTS = {"s_clip": "S_CLIP", "mask_area": "mask, share of the film"}
@@ -170,10 +171,11 @@ def make_edit(
     how = {"method": method} if method not in ("", how["method"]) else how
     total = num_steps * (1 + CALLS.get(how["method"], 1))
     with _watched(bench.model.unet, total, progress):
+        how = how | {"seed": dials.get("seed", 0)}
         inversion = _inversion(bench, film, factual, source, num_steps, how)
         edited = edit(bench.model, inversion, factual[None], [0], [target], preset=preset, **given)
-    call = {"film": film, "source": source, "target": target, "preset": preset, **how}
-    call = {**call, "num_steps": num_steps, **dials}
+    call = {"film": film, "source": source, "target": target, "preset": preset}
+    call |= {"method": how["method"], "num_steps": num_steps, **dials}
     about = recipe(inversion, preset, **dials | dict.fromkeys(areas)) | areas
     return _result(bench, call, factual, edited.films[0], edited.masks[0], about)
 
@@ -188,7 +190,11 @@ def stored(bench, film, target=None):
         return None
     row, folder = rows.iloc[0], bench.folder / "edits"
     made, mask = load_edit_films(folder, rows[:1])[0], load_image(folder / row["mask_path"]) == 1
-    call = {name: row[name] for name in ("source", "target", "preset", "num_steps", *STORED)}
+    call = {
+        name: row[name]
+        for name in ("source", "target", "preset", "num_steps", *STORED)
+        if name in row
+    }
     call = plain({"film": film, "method": row["inversion"], **call})
     return _result(bench, call, film_of(bench, film), uint8_to_unit(made), mask, plain(dict(row)))
 
@@ -264,7 +270,7 @@ def _inversion(bench, film, factual, source, num_steps, how):
         row = run.film_ids.index(film)
         if run.captions[row] == source:
             return run.select([row])
-    key = (hashlib.sha256(factual).hexdigest(), source, num_steps, method)
+    key = (hashlib.sha256(factual).hexdigest(), source, num_steps, method, how["seed"])
     if key not in bench.recent:
         z0 = encode_films(bench.model, factual[None])
         bench.recent[key] = invert(bench.model, z0, [film], [source], num_steps=num_steps, **how)

@@ -395,6 +395,8 @@ BAD = [
     ({"targets": [LONG, *OTHER[1:]]}, "shorten it, 'effusion .* is cut"),
     ({"hold": [LONG]}, "is cut"),
     ({"hold": "chest x-ray"}, "give a list of captions"),
+    ({"hold": ["chest x-ray"], "preset": "diffedit"}, "diffedit cannot hold captions"),
+    ({"hold": ["chest x-ray"], "preset": "ledits++"}, r"ledits\+\+ cannot hold captions"),
     ({"guidance_scale": 51}, "guidance_scale is 51; it must be a number from 0 to 50"),
     ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
     ({"targets": [[(x, 30.0)] for x in OTHER]}, "it must lie from -50 to 50"),

@@ -302,13 +302,13 @@ def test_our_editor_takes_its_edits_back_with_the_captions_exchanged(monkeypatch
         return Edited(films, films > 0, films.mean((1, 2)))
 
     monkeypatch.setattr(evidence, "edit", edit)
-    made = {"03_invert": {"inversion": "direct", "num_ddim_steps": 7}}
+    made = {"03_invert": {"inversion": "direct", "num_ddim_steps": 7, "seed": 2}}
     made["04_edit"] = {"seed": 0, "guidance_scale": 0, "mask": "preset", "detail": -1}
     made["04_edit"]["preset"] = "default"
     plan = pd.DataFrame({"film_id": ["f"], "source": ["T"], "target": ["T'"]})
     for turn in evidence.own_editors(None, made, plan):
         turn(np.ones((1, 2, 2)))
-    how = ("direct", 7)
+    how = ("direct", 7, 2)
     assert asked[0] == (["f"], ["T"], how, [0], ["T"], "none")
     assert asked[1] == (["f"], ["T"], how, [0], ["T'"], None)
     assert asked[2] == (["f"], ["T'"], how, [0], ["T"], None)

@@ -255,6 +255,8 @@ def test_batch_and_order_do_not_matter(calm, method):
 
 def test_the_noise_of_ddpm_belongs_to_film_and_seed(model):
     one, other = inverted(model, "ddpm", seed=1), inverted(model, "ddpm", seed=2)
+    still = [inverted(model, "direct", seed=seed).trajectory for seed in (1, 2)]
+    assert torch.equal(*still), "no noise, so no seed"
     assert not torch.equal(one.noise, other.noise)
     alphas = model.alphas[levels(model, 6)[1:]][:, None, None, None, None]
     noise = (one.trajectory[1:] - alphas.sqrt() * one.trajectory[0]) / (1 - alphas).sqrt()

@@ -52,6 +52,9 @@ def test_shares_are_conditional_and_of_known_films():
     found = limits.shares(pd.DataFrame(columns), [limits.HEART, limits.EFFUSION])
     assert found.loc[limits.HEART].to_list() == [1, 0.5]
     assert found.loc[limits.EFFUSION].to_list() == [0.5, 1]
+    columns = {limits.HEART: [1, 1, 1, 1], limits.EFFUSION: [1, -1, -1, 0]}
+    found = limits.shares(pd.DataFrame(columns), list(columns))
+    assert found.loc[limits.HEART, limits.EFFUSION] == 0.5, "uncertain is not known"
 
 
 def test_films_with_both_are_wet_first_and_then_of_the_test():
@@ -180,7 +183,7 @@ def test_a_spoilt_truth_differs_from_its_spoilt_film_where_they_did(name, factua
 
 
 def made():
-    how = {"inversion": "direct", "num_ddim_steps": 3}
+    how = {"inversion": "direct", "num_ddim_steps": 3, "seed": 0}
     dials = validate("04_edit", {"mask": "none"}).model_dump()
     return {"03_invert": how, "04_edit": dials}
 

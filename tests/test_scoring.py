@@ -18,6 +18,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from prism_nb import scoring
 from prism_nb.diffusion import ModelError
 from prism_nb.scoring import ENCODERS, load_clip
 
@@ -87,6 +88,34 @@ def test_what_is_no_encoder_is_said_in_one_line(save_encoder, random_base, tmp_p
         load_clip(save_encoder("text"), str(random_base), "cpu")
     with pytest.raises(ModelError, match="no such folder"):
         load_clip(str(tmp_path / "nowhere"), str(random_base), "cpu")
+
+
+def test_half_precision_weights_are_scored_in_full(save_encoder, random_base, films):
+    folder = save_encoder("clip")
+    CLIPModel.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    scorer = load_clip(folder, str(random_base), "cpu")
+    assert scorer.embed_films(films).dtype == torch.float32
+    assert np.isfinite(scorer.s_clip(films[:1], films[1:2], ["Edema"], ["Normal"])).all()
+
+
+def test_films_are_scaled_as_the_encoder_asks_wherever_it_lies(save_encoder, tmp_path, monkeypatch):
+    folder = save_encoder("siglip")
+    assert list(scoring._statistics(folder)[0]) == [0.5] * 3
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert scoring._statistics(folder)[0][0] == pytest.approx(0.4815, abs=1e-4)
+    settings |= {"image_std": [0.25] * 3, "image_processor_type": "SiglipImageProcessor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert [list(part) for part in scoring._statistics(folder)] == [[0.5] * 3, [0.25] * 3]
+    asked = []
+    monkeypatch.setattr(
+        scoring.AutoImageProcessor, "from_pretrained", lambda name: asked.append(name) or found
+    )
+    found = scoring.AutoImageProcessor  # anything with a mean and a std
+    monkeypatch.setattr(found, "image_mean", [0.1] * 3, raising=False)
+    monkeypatch.setattr(found, "image_std", [0.2] * 3, raising=False)
+    assert scoring._statistics(ENCODERS["medsiglip"]) == ([0.1] * 3, [0.2] * 3)
+    assert asked == [ENCODERS["medsiglip"]], "a name on the hub is no path"
 
 
 def test_encoders_have_short_names(random_base, monkeypatch):

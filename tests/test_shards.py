@@ -356,10 +356,10 @@ def test_the_runs_own_settings_hold_where_none_are_given(run, tmp_path):
     assert read_request(copy)["dials"] == {"seed": 3}
     write_json(copy / "manifest.json", {"parameters": own, "steps": {}})
     request = read_request(copy)
-    assert request["inversion"] == {"method": "null_text", "num_steps": 7}
+    assert request["inversion"] == {"method": "null_text", "num_steps": 7, "seed": 0}
     assert (request["preset"], request["edits"]) == ("prism", EDITS[:1])
     request = read_request(copy, settings={"preset": "default", "num_ddim_steps": 3})
-    assert request["inversion"] == {"method": "direct", "num_steps": 3}
+    assert request["inversion"] == {"method": "direct", "num_steps": 3, "seed": 0}
 
 
 @pytest.mark.parametrize(

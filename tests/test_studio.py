@@ -144,6 +144,25 @@ def test_a_saved_pair_and_its_code_make_the_edit_again(bench, film):
     assert [p.name[:3] for p in sorted(path.parent.glob("*.json"))] == ["001", "002"]
 
 
+def test_an_edit_of_any_preset_is_made_again_by_its_call(bench, film):
+    for dials in ({"preset": "prism"}, {"preset": "sdedit"}, {"method": "ddpm", "seed": 3}):
+        result = make_edit(bench, *film, num_steps=1, **dials)
+        bench.recent.clear()
+        again = make_edit(bench, **result.call)
+        np.testing.assert_allclose(again.counterfactual, result.counterfactual, atol=1e-6)
+    other = make_edit(bench, **result.call | {"seed": 4})
+    assert abs(other.counterfactual - result.counterfactual).max() > 1e-3
+
+
+def test_a_recalled_edit_keeps_the_dials_that_have_no_widget(bench, film):
+    shown = studio.Studio(bench)
+    shown.recall(make_edit(bench, *film, detail=0.0, threshold=0.5, seed=7, guidance_scale=20))
+    assert shown.call()["guidance_scale"] == 20
+    assert {"detail": 0.0, "threshold": 0.5, "seed": 7}.items() <= shown.call().items()
+    shown.preset.value = "sdedit"
+    assert not {"detail", "threshold", "seed"} & set(shown.call())
+
+
 def test_a_film_of_ones_own_is_taken_in_and_edited(bench):
     rng = np.random.default_rng(0)
     name = receive(bench, file_of(rng.integers(0, 256, (90, 80), np.uint8), "JPEG"))
