@@ -204,7 +204,7 @@ class Editing(WithDevice):
     preset: Preset = _is("default", "how an edit is made; prism: as the paper does")
     guidance_scale: Number = _is(0.0, "w; 7.5 in the paper; 0: the preset's", ge=0, le=25)
     mask: Literal["preset", "auto", "none"] = _is("preset", "where an edit may act")
-    detail: Number = _is(-1.0, "share of grain given back; -1: the preset's", ge=-1, le=1)
+    detail: Number = _is(-1.0, "share of grain given back in a mask; -1: the preset's", ge=-1, le=1)
     s_clip_min: Number = _is(0.1, "keep edits with S_CLIP of at least this, eq. (1)", ge=-1, le=1)
     clip_model: Text = _is(
         "base", '"base" (the base model\'s own), openai, medsiglip, a folder, a hub name'
