@@ -25,7 +25,7 @@ from prism_nb.checkpoints import DAMAGE
 from prism_nb.classifiers import build_classifier, fit, predict, save_classifier
 from prism_nb.files import atomic_path, read_json, sha256_file
 from prism_nb.findings import nearest
-from prism_nb.networks import CARD_FILE, refresh_norms
+from prism_nb.networks import CARD_FILE, refresh_norms, weights_file
 
 ARMS = {
     "plain": "the real films alone, for as many steps",
@@ -199,8 +199,8 @@ def _jobs(arms, real, extra, tests, heads, columns, params, folder, device):
     recipe |= {"batch_size": batch_size, "budget": budget}
     recipe["steps"] = epochs * math.ceil((len(real[0]) + budget) / batch_size)
     about = recipe | {"heads": list(heads), "columns": list(columns), "code": _code()}
-    if Path(params.classifier_weights).is_file():
-        about["weights"] = sha256_file(params.classifier_weights)
+    if file := weights_file(params.classifier_weights):
+        about["weights"] = sha256_file(file)
     about["films"] = _digest([*tests], *real, *tests.values())
     own = {arm: _digest(arm, *extra.get(arm, ())) for arm in arms}
     gpus = torch.cuda.device_count() if device == "cuda" and params.augment_workers > 1 else 0

@@ -71,7 +71,7 @@ def extra_films(arms, cohort, plan, factual, made, labels, folder, device="cpu",
 
     plan: the counterfactuals' rows of edits.parquet; factual, made (R, H, W): the films they were
     made of, and what was made; labels (R, K): the new ones; folder: the run's, with model/ and
-    perhaps baseline/, a GAN of its own.
+    perhaps baseline/, the GAN that 05_evaluate used.
     """
 
     def from_gan():

@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that the command line start
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,11 +80,11 @@ def run(
         try:
             ran = run_job(job, steps, force)
         except StepFailed:
-            with contextlib.suppress(OSError):  # the failure is the news, not its report
-                write_report(job.folder)
+            with contextlib.suppress(Exception):  # the failure is the news, not its report
+                write_report(job.folder, job.notebooks)
             raise
         if ran or not report_path(job.folder).exists():
-            write_report(job.folder)
+            write_report(job.folder, job.notebooks)
         print(f"  report          {report_path(job.folder)}")
 
 
@@ -101,12 +102,21 @@ def status(
             raise RunFolderError(f"{folder} holds no run; `prism-nb run PROFILE` makes one")
         runs = [folder] if folder else sorted(project_root().glob("runs/*/"))
         runs = [each for each in runs if (each / "manifest.json").is_file()]
+        unreadable = False
         for each in runs:
             print(each)
-            for row in states(each.resolve(), notebooks):
+            try:
+                rows = states(each.resolve(), notebooks)
+            except (ValueError, OSError) as error:
+                if folder:
+                    raise
+                unreadable, rows = True, []
+                print(f"  {'unreadable':<16}{error}")
+            for row in rows:
                 print(f"  {row['notebook']:<16}{row['state']:<12}{row['detail']}")
         if not runs:
             print("no runs yet: prism-nb run params/phantom.yaml makes one")
+        raise typer.Exit(int(unreadable))
 
 
 @app.command()
@@ -162,7 +172,7 @@ def edit(
     with _one_line_errors(ValueError):
         height, width = _film_size(image)  # what is wrong is said before the slow imports
         pair = _caption_pair(name, source, target)
-        out = _new_film(out or Path(f"{image.stem}_edited.png"), image, bits)
+        out = _new_film(out or _edited(image), image, bits)
         _check_dials(method, preset, steps, guidance)
         loaded, trained, fit = _load_for_edit(model)
         film = _own_film(loaded, image, fit)
@@ -204,6 +214,13 @@ def _film_size(image: Path) -> tuple[int, int]:
     return load_image(image).shape
 
 
+def _edited(image: Path) -> Path:
+    """What a film's edit is called; of a name that is a unique id, such as 1.2.840, all stays."""
+    from prism_nb.dicom import suffix
+
+    return Path(f"{image.stem if suffix(image) else image.name}_edited.png")
+
+
 def _new_film(out: Path, image: Path, bits: int) -> Path:
     from prism_nb.dicom import need_pydicom
 
@@ -217,6 +234,11 @@ def _new_film(out: Path, image: Path, bits: int) -> Path:
     for each in (out, *_beside(out)):
         if each.resolve() == image.resolve():
             raise ValueError(f"--out {out}: {each} is the film itself; give another name")
+        if each.is_dir():
+            raise ValueError(f"--out {out}: {each} is a folder; give the name of a file")
+    parent = next(each for each in out.absolute().parents if each.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise ValueError(f"--out {out}: no file can be written in {parent}; give another folder")
     return out
 
 
@@ -234,6 +256,11 @@ def _check_dials(method: str, preset: str, steps: int, guidance: float | None) -
     for what, name, known in (("method", method, Inversion), ("preset", preset, Preset)):
         if name not in ("", *get_args(known)):
             raise ValueError(f"--{what} {name}: it must be one of {', '.join(get_args(known))}")
+    if preset == "prism" and method not in ("", "null_text"):
+        raise ValueError(
+            f"--preset prism with --method {method}: it guides from the caption that null_text "
+            "tunes; leave --method out"
+        )
     for what, number, low, high in (("steps", steps, 1, 999), ("guidance", guidance, 0, 50)):
         if number is not None and not low <= number <= high:
             raise ValueError(f"--{what} {number}: it must be a number from {low} to {high}")

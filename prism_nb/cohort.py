@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from prism_nb.columns import CohortError
+from prism_nb.columns import CohortError, reject
 from prism_nb.files import atomic_path, read_json, write_json
 from prism_nb.findings import FINDINGS, PAPER_HEADS, PRESENT, resolve_labels
 from prism_nb.images import ImageError, check_image
@@ -28,7 +28,7 @@ VIEWS = ("frontal", "all")
 COLUMNS = ("film_id", "path", "patient_id", "split", "Sex", "Age", "view", *FINDINGS)
 REJECTED = {"row": "int64", "path": "str", "reason": "str"}
 TABLE1_ROWS = {"Train": "train", "Validation": "val", "Test": "test"}
-DECODE_UP_TO = 20_000  # films; a larger set has only its headers looked at
+DECODE_UP_TO = 20_000  # films; of a larger set only the head and the end of each is looked at
 ENDINGS = ("", ".png", ".jpg", ".dcm", ".dicom")  # "": as the CSV says
 
 
@@ -68,8 +68,9 @@ def load_cohort(
     if views not in VIEWS:
         raise CohortError(f"views is {views!r}; it must be one of {', '.join(VIEWS)}.")
     labels = read_labels(csv, layout, extra_csv and Path(extra_csv).expanduser())
-    root = _image_root(csv, image_root)
-    raw = _place(labels.raw, root, labels.layout)
+    given = _image_root(csv, image_root)
+    root = given.resolve()
+    raw = _place(labels.raw, root, labels.layout, given)
     raw[list(FINDINGS)] = _resolve(raw, labels.blank_columns, uncertain, blank)
     films, counts = raw[raw["reason"] == ""], {}
     if views == "frontal":
@@ -93,7 +94,7 @@ def _image_root(csv, image_root):
     root = Path(image_root).expanduser() if image_root else root
     if not root.is_dir():
         raise CohortError(f"There is no image folder {root}; image_root must be a folder.")
-    return root.resolve()
+    return root
 
 
 def _resolve(raw, blank_columns, uncertain, blank):
@@ -104,17 +105,21 @@ def _resolve(raw, blank_columns, uncertain, blank):
     return resolved
 
 
-def _place(raw, root, layout):
-    """Make paths relative to the image root, refuse those that leave it, name the films."""
-    inside = f"{root.as_posix()}/"
-    raw["path"] = raw["path"].str.removeprefix(inside)
+def _place(raw, root, layout, given):
+    """Make paths relative to the image root, refuse those that leave it, name the films.
+
+    given: the root before links are followed, which absolute paths may start with as well.
+    """
+    for start in (Path(os.path.abspath(given)), root):
+        raw["path"] = raw["path"].str.removeprefix(f"{start.as_posix().rstrip('/')}/")
+    leaves = "the path leaves the image root:"
     for mask, reason in (
         (raw["path"].isna(), "the path is blank."),
-        (raw["path"].str.contains(r"^(?:/|[A-Za-z]:)", na=False), "an absolute path."),
-        (raw["path"].str.contains(r"(?:^|/)\.\.(?:/|$)", na=False), "'..' in the path."),
+        (raw["path"].str.contains("\0", na=False, regex=False), "a NUL character in the path."),
+        (raw["path"].str.contains(r"^(?:/|[A-Za-z]:)", na=False), f"{leaves} an absolute path."),
+        (raw["path"].str.contains(r"(?:^|/)\.\.(?:/|$)", na=False), f"{leaves} '..' in the path."),
     ):
-        full = reason if "blank" in reason else f"the path leaves the image root: {reason}"
-        raw.loc[mask & (raw["reason"] == ""), "reason"] = full
+        reject(raw, mask, reason)
     fine = raw["reason"] == ""
     find = _find_nih if layout == "nih" else _find_by_prefix
     raw.loc[fine, "path"] = find(raw.loc[fine, "path"], root)

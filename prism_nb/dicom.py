@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import json
 import logging
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -22,6 +23,7 @@ from prism_nb.files import atomic_path, plain
 
 MODALITIES = ("", "CR", "DX", "RG", "OT")  # computed, digital, film; OT: secondary captures
 SUFFIXES = (".dcm", ".dicom", "")
+NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")  # not compressed
 SYNTHETIC = "SYNTHETIC counterfactual, made by prism_nb"
 PROVENANCE_CHARACTERS = 10_240  # what an element of type LT holds
 
@@ -39,6 +41,13 @@ def is_dicom(path: Path | str) -> bool:
     with open(path, "rb") as file:
         file.seek(128)
         return file.read(4) == b"DICM"
+
+
+def _may_be_dicom(path):
+    try:
+        return is_dicom(path)
+    except OSError:  # it is to be rejected with its reason, not passed over
+        return True
 
 
 def read_film(path: Path | str, max_pixels: int) -> np.ndarray:
@@ -106,6 +115,10 @@ def _fault(dataset, max_pixels):
         return f"it has {dataset.BitsStored} bits a pixel; 8 to 16 are needed."
     if dataset.Rows * dataset.Columns > max_pixels:
         return f"{dataset.Columns} x {dataset.Rows} is more than {max_pixels:,} pixels."
+    stored = dataset.get_item("PixelData", keep_deferred=True)
+    native = dataset.file_meta.TransferSyntaxUID in NATIVE  # pydicom finds the others' end itself
+    if native and stored.value_tell + stored.length > os.path.getsize(dataset.filename):
+        return "it is cut short: its pixels go beyond its end."
     return ""
 
 
@@ -202,10 +215,10 @@ def describe_folder(folder: Path | str) -> list[dict]:
     of the patient's films), Sex, Age ("90" from 90 on), view, reason to reject it ("" = none).
     """
     folder, patients, rows = Path(folder), {}, []
-    for path in sorted(each for each in folder.rglob("*") if _suffix(each) in SUFFIXES):
+    for path in sorted(each for each in folder.rglob("*") if suffix(each) in SUFFIXES):
         if not path.is_file() or path.name == "DICOMDIR":
             continue
-        if _suffix(path) or is_dicom(path):
+        if suffix(path) or _may_be_dicom(path):
             row, patient = _describe(path)
             rows.append({"path": path.relative_to(folder).as_posix(), **row})
             patients.setdefault(patient or row["film_id"], []).append(rows[-1])
@@ -223,7 +236,7 @@ def describe_folder(folder: Path | str) -> list[dict]:
     return rows
 
 
-def _suffix(path):
+def suffix(path: Path) -> str:
     """The suffix in lower case; the end of a name that is a unique id, such as 1.2.840, is none."""
     return "" if path.suffix[1:].isdigit() else path.suffix.lower()
 

@@ -115,8 +115,11 @@ def _kernel() -> Check:
     fix = "python -m ipykernel install --sys-prefix --name python3"
     try:
         spec = KernelSpecManager().get_kernel_spec("python3")
+        program = spec.argv[0]
     except NoSuchKernel:
         return Check("kernel", False, "no kernel named python3", fix)
-    program = spec.argv[0]
-    same = not Path(program).is_absolute() or Path(program).samefile(sys.executable)
+    except (OSError, ValueError, LookupError) as error:
+        return Check("kernel", False, f"python3: its kernel.json is damaged ({error})", fix)
+    path = Path(program)
+    same = not path.is_absolute() or (path.exists() and path.samefile(sys.executable))
     return Check("kernel", same, f"python3: {spec.resource_dir}, runs {program}", fix)

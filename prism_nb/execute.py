@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TextIO
 
 from prism_nb.files import locked, read_json
-from prism_nb.manifest import Manifest, leftovers
+from prism_nb.manifest import Manifest, leftovers, read_manifest
 from prism_nb.params import (
     PATH_KEYS,
     check_key,
     check_profile,
+    expanded,
     for_notebook,
     load_profile,
     notebook_name,
@@ -122,7 +123,7 @@ def run_job(job: Job, steps: list[str], force: bool = False, stream: TextIO = sy
 
 def states(folder: Path, notebooks: Path | None = None) -> list[dict]:
     """Of each notebook of a run: is it done, to be done again, failed or not yet run, and why."""
-    name = read_json(folder / "manifest.json").get("profile", "")
+    name = read_manifest(folder).get("profile", "")
     manifest = Manifest(folder, name)
     where = (notebooks or project_root() / "notebooks").resolve()
     job = Job(name, manifest.parameters, folder, where)
@@ -131,12 +132,14 @@ def states(folder: Path, notebooks: Path | None = None) -> list[dict]:
         entry = manifest.steps.get(notebook, {})
         if notebook in APPENDICES and not entry:
             continue
-        if (where / f"{notebook}.ipynb").is_file():
+        there = (where / f"{notebook}.ipynb").is_file()
+        if there:
             now = manifest.fingerprint(notebook, job.source(notebook), job.values)
             why = manifest.reason(notebook, now)
         else:
             why = f"no such notebook in {where}"
         state = "to do" if not entry else "unfinished" if "outputs" not in entry else "again"
+        state = state if there or state != "again" else "unknown"
         since = f"{entry.get('seconds', 0):.0f} s, finished {entry.get('finished', '')}"
         done = {"state": "done", "detail": since}
         rows.append({"notebook": notebook} | ({"state": state, "detail": why} if why else done))
@@ -178,7 +181,7 @@ def _execute(job: Job, notebook: str, on_cell: Callable[[int, int], None]) -> No
         at[:] = number, total
         on_cell(number, total)
 
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it logs, it raises as well
     token = uuid.uuid4().hex
     try:
         with _environment(token, job.profile):
@@ -199,6 +202,13 @@ def _execute(job: Job, notebook: str, on_cell: Callable[[int, int], None]) -> No
         error = f"{failure.ename}: {failure.evalue}"
     except DeadKernelError:
         error = "the kernel died (killed, out of memory, or a crash in native code)"
+    except (RuntimeError, ValueError, LookupError, FileNotFoundError) as failure:
+        if at[1]:  # a cell has started: then it is not the kernel's
+            raise
+        why = _short(str(failure))
+        raise StepFailed(
+            f"{notebook} did not start ({why}); `prism-nb doctor` checks the kernel"
+        ) from None
     finally:
         if partial.exists():
             os.replace(partial, kept)
@@ -267,7 +277,7 @@ def _setting(text: str) -> tuple[str, object]:
         raise RunFolderError(f"--set {text} has no value; write --set key=value")
     check_key(key, "--set")
     if key in PATH_KEYS:  # typed in a terminal: a path from the folder where it was typed
-        path = Path(value).expanduser()
+        path = expanded(key, value, "--set")
         return key, str(path.absolute()) if value not in NOT_PATHS and path.exists() else value
     try:
         return key, yaml.safe_load(value)

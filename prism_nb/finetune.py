@@ -428,10 +428,14 @@ def validation_loss(model, latents, rows, seed=0, num_timesteps=8, batch_size=16
     A film meets the same noise at a level whatever the batch and the U-Net, so two U-Nets are
     compared on equal terms, film by film.
     """
-    errors = []
+    errors, moving = [], any(w.requires_grad for w in model.text_encoder.parameters())
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        mean, cond = latents.gather(part)[0].float(), latents.cond(part).to(model.device)
+        mean, cond = latents.gather(part)[0].float(), latents.cond(part)
+        if moving:  # it is in training, and what it gave before is out of date
+            words = [latents.captions[i] for i in latents.caption_index[part]]
+            cond = embed_captions(model, words, warn=False)
+        cond = cond.to(model.device)
         columns = []
         for level in validation_levels(num_timesteps).tolist():
             streams = [stream(seed, VALIDATION, row, level) for row in part]

@@ -470,8 +470,9 @@ def phantom_sets(folder, options):
 
 
 def phantom_guide(folder, finding, sets):
-    """The AlexNet that guides, trained once."""
-    if not (folder / CARD_FILE).is_file():
+    """The AlexNet that guides, trained once a finding."""
+    card = folder / CARD_FILE
+    if not card.is_file() or read_json(card)["heads"] != [finding]:
         guide = build_classifier("alexnet", 1)
         for epoch in fit(guide, *sets["train"], *sets["val"], epochs=12, learning_rate=3e-4):
             log.info("guide, epoch %d: validation AUROC %.3f", epoch.epoch, epoch.val_auroc)

@@ -8,6 +8,7 @@ B batch, H = W = image size. PNG, JPEG and DICOM are opened, never more than max
 Used by notebooks 01 to 06.
 """
 
+import os
 import struct
 import zlib
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ MAX_PIXELS = 100_000_000
 FORMATS = ("PNG", "JPEG")
 MODES_16 = ("I;16", "I;16B", "I;16L", "I")  # "I" is how older Pillow opens a 16-bit PNG
 MODES_8 = ("L", "RGB", "RGBA", "LA", "La", "P", "PA", "1")
+ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9"}
 FITS = ("squash", "crop", "pad")
 FULL_SCALE = "Full scale"  # a text chunk: the brightest value that the pixels of a file can have
 
@@ -90,10 +92,17 @@ def load_films(
 
 
 def check_image(path: Path | str, decode: bool = True, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise ImageError if the file could not be used; decode=False looks at the header only."""
+    """Raise ImageError if the file could not be used; decode=False looks at head and end only."""
     with _open(path, max_pixels, decode) as image:
-        if decode:
+        if decode or not _has_end(path, image.format):  # some writers put notes behind the end
             _load(image, path)
+
+
+def _has_end(path, kind):
+    end = ENDS.get(kind, b"")
+    with open(path, "rb") as file:
+        file.seek(-len(end), os.SEEK_END)
+        return file.read() == end
 
 
 def _open(path, max_pixels, decode=True):

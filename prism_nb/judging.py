@@ -138,12 +138,15 @@ def make_baseline(cohort, films, params, folder, device="cpu"):
     """The GANterfactual that params.baseline names and its finding, or (None, "") for "none".
 
     "train": on the cohort's training split at baseline_size, guided by an AlexNet that takes a
-    quarter as many steps; written to `folder`, goes on if it was stopped. Raises GanError.
+    quarter as many steps; goes on if it was stopped. Whichever it is, `folder`, the run's
+    baseline/, holds it afterwards: notebook 06 takes it from there. Raises GanError.
     """
     if params.baseline == "none":
+        (Path(folder) / CARD_FILE).unlink(missing_ok=True)  # an earlier one is no longer the run's
         return None, ""
     if params.baseline != "train":
         gan, card = load_gan(BUNDLED if params.baseline == "bundled" else params.baseline)
+        save_gan(folder, gan, card)
         return gan.to(device), card["finding"]
     shown, seed, steps = known_labels(cohort.table, [DEVICES]), params.seed, params.baseline_steps
     small, split = resize(films, params.baseline_size), cohort.table["split"].to_numpy()
@@ -153,7 +156,8 @@ def make_baseline(cohort, films, params, folder, device="cpu"):
     list(fit(guide, *train, *val, **settings))
     gan = build_gan(params.baseline_size, seed=seed)
     pair = [train[0][train[1][:, 0] == present] for present in (0, 1)]
-    settings = {"folder": Path(folder) / ".training", "seed": seed, "device": device}
+    work = Path(folder).parent / "training" / "baseline"  # `folder` is cleared for another attempt
+    settings = {"folder": work, "seed": seed, "device": device}
     list(tqdm(fit_gan(gan, *pair, guide, steps, **settings), "GANterfactual", steps))
     save_gan(folder, gan, {"finding": DEVICES, "num_steps": steps, "films": len(train[0])})
     return gan.eval(), DEVICES

@@ -3,9 +3,11 @@
 The VAE's posterior is kept as mean and standard deviation, so that each step can draw its own
 sample, as Algorithm 1's `vae.encode` does. Equal captions share one row of text embeddings. The
 folder holds shards of SHARD films, 000000.safetensors and so on, text.safetensors and, written
-last, index.json; each names the key of all that it was made from, so that a killed encoding goes
-on where it stopped, and none is ever used for other films, settings or weights. Shapes: mean, std
-(N, C, h, w), already scaled; text (U, L, D); caption_index (N,). Used by notebooks 02 and 06.
+last, index.json; each names the key of all that it was made from, the bytes of the films included,
+so that a killed encoding goes on where it stopped, and none is ever used for other films, settings
+or weights. Films are read to compare them only where a size or a time of change is another than
+when they were last read. Shapes: mean, std (N, C, h, w), already scaled; text (U, L, D);
+caption_index (N,). Used by notebooks 02 and 06.
 """
 
 import hashlib
@@ -21,10 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from prism_nb.diffusion import VAE_BATCH, embed_captions, posterior, weights_hash
-from prism_nb.files import atomic_path, read_json, write_json
+from prism_nb.files import atomic_path, read_json, sha256_file, write_json
 from prism_nb.images import ImageError, load_films, uint8_to_unit
 
 SHARD = 1024  # films a file: what a killed encoding loses at most
+STAMPS = ".films.json"  # hidden, so that no time of change counts as a result
 PREPROCESSING = 2  # raise it when images.load_films gives other pixels for the same file
 # Error of a stored row, relative to a fresh one: beyond rounding, below any change that matters.
 TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.05}  # by what the VAE computes in
@@ -122,8 +125,10 @@ def encode_cohort(
     index = _plan(model, table, size, fit, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.json").unlink(missing_ok=True)  # with it, the folder counts as finished
-    for number, key in enumerate(index["shards"]):
-        part, path = paths[number * SHARD : (number + 1) * SHARD], _shard(folder, number)
+    for number, start in enumerate(range(0, len(paths), SHARD)):
+        films, part = (some[start : start + SHARD] for some in (index["film_ids"], paths))
+        content, path = _content(folder, number, part), _shard(folder, number)
+        index["shards"].append(key := _key(index["settings"], films, content))
         if _open(path, key):
             progress(len(part))
             continue
@@ -135,6 +140,7 @@ def encode_cohort(
     for path in folder.glob("[0-9]" * 6 + ".safetensors"):
         if int(path.stem) >= len(index["shards"]):  # left behind by a larger cohort
             path.unlink()
+    index["key"] = _key(index["shards"], index["text"], index["caption_index"])
     write_json(folder / "index.json", index)
     latents = load_latents(folder)
     if num_verified:
@@ -148,7 +154,7 @@ def _some(rows, most):
 
 
 def _plan(model, table, size, fit, dtype):
-    """What index.json says: films, captions, and the keys that their files must bear."""
+    """What index.json says, but for what the bytes of the films decide: `shards` and `key`."""
     captions, caption_index = np.unique(table["caption"].to_numpy(dtype=str), return_inverse=True)
     captions, films = [*captions.tolist(), ""], table["film_id"].tolist()
     about = {
@@ -159,7 +165,6 @@ def _plan(model, table, size, fit, dtype):
         "preprocessing": PREPROCESSING,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    shards = [_key(about, films[k : k + SHARD]) for k in range(0, len(films), SHARD)]
     tokenizer = [sorted(model.tokenizer.get_vocab().items()), model.tokenizer.model_max_length]
     text = _key(weights_hash(model.text_encoder), tokenizer, captions)
     return {
@@ -168,10 +173,30 @@ def _plan(model, table, size, fit, dtype):
         "caption_index": caption_index.tolist(),
         "settings": about,
         "shard_size": SHARD,
-        "shards": shards,
+        "shards": [],
         "text": text,
-        "key": _key(shards, text, caption_index.tolist()),
     }
+
+
+def _content(folder, number, paths):
+    """Digest of the bytes of a shard's films; unchanged sizes and times spare reading them."""
+    known = read_json(folder / STAMPS) if (folder / STAMPS).is_file() else {}
+    try:
+        stamp = _key(*map(_stamp, paths))
+        if known.get(str(number), [""])[0] == stamp:
+            return known[str(number)][1]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
+            content = _key(*readers.map(sha256_file, paths))
+    except OSError as error:
+        what = f"{error.filename} cannot be read: {error.strerror}."
+        raise LatentError(f"{what} Run 01_caption again: it sets such films aside.") from None
+    write_json(folder / STAMPS, known | {str(number): [stamp, content]})
+    return content
+
+
+def _stamp(path):
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns
 
 
 def _key(*parts):

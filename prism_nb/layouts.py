@@ -57,6 +57,12 @@ PADCHEST_FINDINGS = {  # finding -> those of PadChest's 193 labels that mean it 
     "Support Devices": ".* (tube|device|stent)|.*catheter.*|pacemaker|dai|artificial.* heart valve"
     "|osteosynthesis material|(humeral |aortic endo|endo)?prosthesis",
 }
+PLAIN_NAMES = {  # what a plain CSV may call a column, in small letters -> ours
+    "patient": "patient_id|patientid|subject|subject_id|subjectid",
+    "view": "viewposition|view_position|projection",
+    "Sex": "sex|gender|patient_sex|patientsex|patient_gender",
+    "Age": "age|patient_age|patientage",
+}
 PADCHEST_SAYS_NOTHING = {"", "unchanged", "suboptimal study"}
 
 
@@ -312,7 +318,8 @@ def _vindr(table, csv):
 
 def _plain(table, csv):
     """A path column, optionally patient, sex, age and view, and findings in any spelling."""
-    table = table.rename(columns={name: _plain_name(name) for name in table.columns})
+    given = table.columns
+    table = table.rename(columns={name: _plain_name(name) for name in given})
     double = table.columns[table.columns.duplicated()]
     if len(double):
         raise CohortError(f"{csv} has two columns that mean {double[0]!r}; keep one of them.")
@@ -324,6 +331,7 @@ def _plain(table, csv):
     patient, view = first_of(table, "patient"), first_of(table, "view").str.upper()
     if "patient" not in table.columns:
         patient = table["path"].str.extract(r"(patient\d+)", expand=False)
+        _refuse_to_guess(given if patient.isna().any() else [], csv)
         notes.append("plain: no patient column; patientNNNNN in the path, else a patient a film")
     frontal = view.isna() | view.isin(["PA", "AP", "FRONTAL"])
     if "view" not in table.columns:
@@ -335,8 +343,19 @@ def _plain(table, csv):
     return Labels(raw, findings, notes)
 
 
+def _refuse_to_guess(columns, csv):
+    """Raise CohortError if a column may tell patients apart: else one could be in two splits."""
+    telling = [name for name in columns if re.search("patient|subject", name, re.I)]
+    unused = [name for name in telling if _plain_name(name) not in PLAIN_NAMES]
+    if unused:
+        raise CohortError(
+            f"{csv} has a column {unused[0]!r} but none called patient; rename it to patient if it "
+            "tells patients apart, else drop it."
+        )
+
+
 def _plain_name(name):
-    alias = {"patient_id": "patient", "sex": "Sex", "gender": "Sex", "age": "Age"}
+    alias = {word: ours for ours, words in PLAIN_NAMES.items() for word in words.split("|")}
     return finding_from(name) if is_finding(name) else alias.get(slug(name), slug(name))
 
 

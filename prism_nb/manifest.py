@@ -35,8 +35,6 @@ PACKAGE = Path(__file__).resolve().parent
 # These carry results and do not make them: a change here leaves every step as it is.
 CARRIERS = ("files", "params", "run", "manifest", "execute", "report", "cli")
 FILMS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
-OWN_FOLDERS = ("figures", "tables", "notebooks", "report", "steps")
-OWN_FOLDERS += ("training", "baseline", "studio", "counterfactuals")  # beside what STEPS write
 
 
 class Manifest:
@@ -46,7 +44,7 @@ class Manifest:
         """Open the manifest, or start one; RunFolderError if the folder is another's."""
         self.folder = folder
         self.path = folder / "manifest.json"
-        stored = _stored(self.path)
+        stored = read_manifest(folder)
         if not stored:
             _refuse_foreign(folder)
         owner = stored.get("profile", profile)
@@ -94,11 +92,16 @@ class Manifest:
         return "" if record_path(self.folder, notebook).exists() else "record of success missing"
 
     def begin(self, notebook: str, now: dict, afresh: bool = False) -> None:
-        """Forget a step's success; clear its outputs, unless the same attempt was cut short."""
+        """Forget a step's success; clear its outputs, unless the same attempt was cut short.
+
+        What no step of ours has written stays: it may be somebody's own.
+        """
         entry = self.steps.get(notebook, {})
-        record_path(self.folder, notebook).unlink(missing_ok=True)
+        record = record_path(self.folder, notebook)
+        ours = bool(entry) or record.exists()  # a notebook run by hand leaves its record alone
+        record.unlink(missing_ok=True)
         continued = "outputs" not in entry and entry.get("fingerprint") == plain(now)
-        if afresh or not continued:
+        if ours and (afresh or not continued):
             self._clear(notebook, entry.get("outputs", {}))
         self.steps[notebook] = {"fingerprint": plain(now)}
         self.write()
@@ -181,6 +184,20 @@ class Manifest:
         return self._films
 
 
+def read_manifest(folder: Path) -> dict:
+    """The manifest.json of a run folder, {} if it has none; RunFolderError if it is damaged."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return {}
+    try:
+        stored = read_json(path)
+    except ValueError as error:
+        raise RunFolderError(str(error)) from None
+    if not isinstance(stored, dict) or not isinstance(stored.get("steps"), dict):
+        raise RunFolderError(f"{path} is no manifest of a run; choose another run folder")
+    return stored
+
+
 def given_parameters(notebook: str, profile: dict) -> dict:
     """What a profile gives one notebook, as checked values; the run folder does not count."""
     given = for_notebook(profile, notebook)
@@ -190,8 +207,15 @@ def given_parameters(notebook: str, profile: dict) -> dict:
 
 def code_cells(notebook: Path) -> str:
     """Source of a notebook's code cells, without magics and shell lines."""
-    cells = read_json(notebook)["cells"]
-    lines = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code").split("\n")
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise RunFolderError(
+            f"{notebook} is no readable notebook ({error}): restore it, "
+            f"e.g. git checkout {notebook}"
+        ) from None
+    lines = "\n".join(sources).split("\n")
     return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
 
 
@@ -288,25 +312,12 @@ def _changed(old: dict, new: dict) -> str:
     return ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
 
 
-def _stored(path: Path) -> dict:
-    if not path.exists():
-        return {}
-    try:
-        stored = read_json(path)
-    except ValueError as error:
-        raise RunFolderError(str(error)) from None
-    if not isinstance(stored, dict) or "steps" not in stored:
-        raise RunFolderError(f"{path} is no manifest of a run; choose another run folder")
-    return stored
-
-
 def _refuse_foreign(folder: Path) -> None:
-    if not folder.exists():
-        return
-    known = {name.split("/")[0] for step in STEPS.values() for name in step.writes}
-    known |= {*OWN_FOLDERS, "metrics.json"}
+    if not folder.exists() or any(record_path(folder, notebook).exists() for notebook in STEPS):
+        return  # new, or of notebooks that ran by hand
     for path in folder.iterdir():
-        if path.name not in known and not path.name.startswith("."):
+        if not path.name.startswith("."):  # our lock, or what a killed writer has left
             raise RunFolderError(
-                f"{folder} is no run folder (it holds {path.name}); choose another run folder"
+                f"{folder} is no run folder (it holds {path.name}, and no notebook has finished "
+                "there); choose another run folder"
             )

@@ -63,7 +63,7 @@ def build_classifier(name, num_heads, weights="", seed=0, sees=0):
         )
     if num_heads < 1:
         raise ClassifierError(f"num_heads is {num_heads}; at least 1 is needed.")
-    file = _weights_file(weights)
+    file = weights_file(weights)
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers alone
         torch.manual_seed(seed)
         try:
@@ -79,7 +79,8 @@ def build_classifier(name, num_heads, weights="", seed=0, sees=0):
     return model.to(memory_format=torch.channels_last)  # 1.4 times faster on a CPU
 
 
-def _weights_file(weights):
+def weights_file(weights):
+    """The file of start weights: named, or in a folder that is; None for "" and "imagenet"."""
     if weights in ("", "imagenet"):
         return None
     file = Path(weights) / WEIGHTS_FILE if Path(weights).is_dir() else Path(weights)

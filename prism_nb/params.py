@@ -341,6 +341,8 @@ def check_profile(profile: dict, where: str = "profile") -> dict:
             checked |= validate(notebook, given).model_dump(include=set(given))
         except ParamError as error:
             raise ProfileError(f"{where}: {str(error).partition(': ')[2]}") from None
+    for key in checked.keys() & {*PATH_KEYS, "run_dir"}:
+        expanded(key, checked[key], where)
     inversion = checked.get("inversion", Invert.model_fields["inversion"].default)
     named = {"preset": [checked.get("preset")], "peers": checked.get("peers", [])}
     key = next((key for key, presets in named.items() if "prism" in presets), None)
@@ -350,6 +352,16 @@ def check_profile(profile: dict, where: str = "profile") -> dict:
             "that null_text tunes; set inversion to null_text"
         )
     return checked
+
+
+def expanded(key: str, value: str, where: str) -> Path:
+    """A path parameter with ~ spelt out; ProfileError where that is nobody's home."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ProfileError(
+            f"{where}: {key} = {value!r}: there is no such user; write the path out"
+        ) from None
 
 
 def for_notebook(profile: dict, notebook: str) -> dict:

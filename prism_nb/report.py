@@ -18,7 +18,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prism_nb.execute import states
 from prism_nb.files import read_json, write_text
+from prism_nb.manifest import read_manifest
 from prism_nb.params import describe, known_keys
 from prism_nb.run import APPENDICES, STEPS, record_path, without_tables
 
@@ -155,21 +157,49 @@ def report_path(folder: Path) -> Path:
     return folder / "report" / "index.html"
 
 
-def write_report(folder: Path) -> Path:
-    """Write report/index.html, the whole report, and return its path."""
-    manifest = read_json(folder / "manifest.json")
+def write_report(folder: Path, notebooks: Path | None = None) -> Path:
+    """Write report/index.html, the whole report, and return its path.
+
+    notebooks: their folder, by which results are called stale; else the project's.
+    """
+    stale = _stale(folder, notebooks)
+    manifest = {"profile": "", "parameters": {}} | read_manifest(folder) | {"stale": stale}
     pages = {path.stem: path for path in sorted((folder / "notebooks").glob("[!.]*.ipynb"))}
     parts = {part.__name__[1:].capitalize(): part(folder, manifest) for part in PARTS}
     parts = {name: html for name, html in parts.items() if html}
+    old = f"Stale, not made from what the run is given now: {', '.join(stale)}."
+    for name in ("Results", "Figures", "Tables", "Metrics") if stale else ():
+        if name in parts:
+            parts[name] = f"<p><span class='state failed'>{old}</span></p>{parts[name]}"
     contents = "".join(f"<a href='#{name}'>{name}</a>" for name in parts)
     body = "".join(f"<h2 id='{name}'>{name}</h2>{html}" for name, html in parts.items())
     top = f"{_heading(folder, manifest)}<p class='contents'>{contents}</p>"
     sections = [f"<section id='report'>{top}{body}</section>"]
     for name, path in pages.items():
         section = f"<section class='page' id='{name}'>"
-        sections.append(f"{section}{_notebook_section(path, folder, list(pages))}</section>")
+        shown = _shown(path, _notebook_section, folder, list(pages))
+        sections.append(f"{section}{shown}</section>")
     page = _page(f"Run {folder.name}", "".join(sections), list(pages))
     return write_text(report_path(folder), page)
+
+
+def _stale(folder: Path, notebooks: Path | None) -> dict[str, str]:
+    """Notebooks whose results are of other parameters, code or inputs than the run's, and why."""
+    try:
+        rows = states(folder, notebooks)
+    except (ValueError, LookupError):  # of a version with other parameters: who knows
+        return {}
+    return {row["notebook"]: row["detail"] for row in rows if row["state"] == "again"}
+
+
+def _shown(path: Path, show: Callable[..., str], *given: object) -> str:
+    """What `show` makes of a file, or a line that names it where it cannot be read."""
+    try:
+        return show(path, *given)
+    except Exception as error:  # noqa: BLE001 - a file may be anyone's; the rest is worth a page
+        name = f"{path.parent.name}/{path.name}" if path.suffix != ".json" else path.name
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"<p class='caption'>{escape(f'{name} cannot be shown ({why}).')}</p>"
 
 
 def _heading(folder: Path, manifest: dict) -> str:
@@ -194,21 +224,25 @@ def _notebooks(folder: Path, manifest: dict) -> str:
             continue
         done = "outputs" in entry and record_path(folder, notebook).exists()
         there = (folder / "notebooks" / f"{notebook}.ipynb").exists()
+        stale = manifest["stale"].get(notebook, "") if done else ""
         state = "done" if done else "failed or cut short" if entry else "not run"
+        state = escape(f"stale: {stale}") if stale else state
         seconds = _duration(entry["seconds"]) if done else ""
         link = f"<a href='#{notebook}'>{notebook}</a>" if there else notebook
-        mark = "state" if done else "state failed" if entry else "note"
+        mark = "state" if done and not stale else "state failed" if entry else "note"
         when = _when(entry["finished"]) if "finished" in entry else ""
         rows.append([link, f"<span class='{mark}'>{state}</span>", seconds, when])
     return _table(["notebook", "state", "time", "finished"], rows, raw=True)
 
 
 def _results(folder: Path, manifest: dict) -> str:
+    path = folder / "tables" / "table2.csv"
+    return _shown(path, _best) if path.exists() else ""
+
+
+def _best(path: Path) -> str:
     import pandas
 
-    path = folder / "tables" / "table2.csv"
-    if not path.exists():
-        return ""
     tidy = pandas.read_csv(path)
     again = tidy["method"].isin(("inversion", "ours, S_CLIP filter"))  # table2 has them
     tidy = tidy[tidy["metric"].isin(RESULTS) & tidy["n"].notna() & ~again]
@@ -235,7 +269,7 @@ def _figures(folder: Path, manifest: dict) -> str:
         shown.setdefault(path.stem[:2], []).append(path)
     for number, paths in shown.items():
         notebook = next((name for name in STEPS if name.startswith(number)), number)
-        figures = "".join(_figure(path) for path in paths)
+        figures = "".join(_shown(path, _figure) for path in paths)
         parts.append(f"<h3><a href='#{notebook}'>{notebook}</a></h3>")
         parts.append(f"<div class='gallery'>{figures}</div>")
     note = "<p class='note'>Click a figure to enlarge it.</p>"
@@ -261,23 +295,24 @@ def _figure(path: Path) -> str:
 
 
 def _tables(folder: Path, manifest: dict) -> str:
+    paths = _in_order((folder / "tables").glob("[!.]*.csv"))
+    return "".join(_shown(path, _table_file) for path in paths)
+
+
+def _table_file(path: Path) -> str:
     import pandas
 
-    parts = []
-    for path in _in_order((folder / "tables").glob("[!.]*.csv")):
-        frame = _readable(pandas.read_csv(path))
-        if path.stem == "arms" and "seed" in frame:
-            frame = _by_arm(frame)
-        frame = _wide(frame).rename(columns=RENAMED.get(path.stem, {}))
-        cut = f" (the first 200 of {len(frame)} rows)" if len(frame) > 200 else ""
-        table, name = _table(*_cells(frame[:200])), f"<b>{escape(path.stem)}</b>"
-        table += f"<p class='columns'>{NOTES[path.stem]}</p>" if path.stem in NOTES else ""
-        about = f"{name} {escape(CAPTIONS.get(path.stem, ''))}{cut}"
-        if len(frame) > LONG:
-            parts.append(f"<details><summary>{about}</summary>{table}</details>")
-        else:
-            parts.append(f"<p class='caption'>{about}</p>{table}")
-    return "".join(parts)
+    frame = _readable(pandas.read_csv(path))
+    if path.stem == "arms" and "seed" in frame:
+        frame = _by_arm(frame)
+    frame = _wide(frame).rename(columns=RENAMED.get(path.stem, {}))
+    cut = f" (the first 200 of {len(frame)} rows)" if len(frame) > 200 else ""
+    table, name = _table(*_cells(frame[:200])), f"<b>{escape(path.stem)}</b>"
+    table += f"<p class='columns'>{NOTES[path.stem]}</p>" if path.stem in NOTES else ""
+    about = f"{name} {escape(CAPTIONS.get(path.stem, ''))}{cut}"
+    if len(frame) > LONG:
+        return f"<details><summary>{about}</summary>{table}</details>"
+    return f"<p class='caption'>{about}</p>{table}"
 
 
 def _readable(frame: "pandas.DataFrame") -> "pandas.DataFrame":
@@ -304,7 +339,7 @@ def _by_arm(frame: "pandas.DataFrame") -> "pandas.DataFrame":
 def _wide(frame: "pandas.DataFrame") -> "pandas.DataFrame":
     """A table with each interval as text beside its number, and with a column a metric."""
     frame = _with_intervals(frame)
-    if "metric" not in frame or "mean" not in frame:
+    if not {"metric", "mean", "n"} <= set(frame):
         return frame
     keys = [name for name in frame if name not in ("metric", "n", "patients", "mean")]
     wide = frame.groupby(keys, sort=False)[["n"]].max()
@@ -357,8 +392,12 @@ def _cells(frame: "pandas.DataFrame") -> tuple[list, list]:
 
 def _metrics(folder: Path, manifest: dict) -> str:
     path = folder / "metrics.json"
+    return _shown(path, _numbers) if path.exists() else ""
+
+
+def _numbers(path: Path) -> str:
     parts = []
-    for notebook, values in (read_json(path) if path.exists() else {}).items():
+    for notebook, values in read_json(path).items():
         numbers = _flat(without_tables(values))
         rows = [[name.replace("_", " "), _number(value)] for name, value in numbers]
         table = _table(["metric", "value"], rows)

@@ -79,10 +79,10 @@ STEPS: dict[str, Step] = {
     ),
     "05_evaluate": Step(
         reads=(*COHORT, "model", "inversions", "edits"),
-        writes=("classifiers", "tables/table2.csv"),
+        writes=("classifiers", "baseline", "tables/table2.csv"),
     ),
     "06_augment": Step(
-        reads=(*COHORT, "latents", "model", "edits"),
+        reads=(*COHORT, "latents", "model", "edits", "baseline"),
         writes=("augment", "tables/table3.csv"),
     ),
     "A1_vqa": Step(

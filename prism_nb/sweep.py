@@ -15,7 +15,7 @@ import uuid
 from itertools import product
 from pathlib import Path
 
-from prism_nb.execute import chosen_steps, prepare, run_job
+from prism_nb.execute import StepFailed, chosen_steps, prepare, run_job
 from prism_nb.files import TEMPORARY, atomic_path, read_json
 from prism_nb.jobs import check_executor, run_jobs
 from prism_nb.manifest import Manifest, given_parameters
@@ -73,14 +73,21 @@ def combinations(settings):
 def run_one(profile, settings, notebooks, steps, parent):
     """Run one combination, from the files of another run where there is none of it yet."""
     job = prepare(profile, settings=settings, notebooks=notebooks)
+    try:
+        _run(job, steps, parent)
+    except (RunFolderError, OSError) as error:  # of this run alone: the others go on
+        raise StepFailed(str(error)) from None
+
+
+def _run(job, steps, parent):
     if not job.folder.exists() and (parent / "manifest.json").is_file():
         _start_from(parent, job.folder)
     print(job.folder, flush=True)
     try:
         run_job(job, steps, stream=sys.stdout)
     finally:
-        with contextlib.suppress(OSError, ValueError):  # a failure is the news, not its report
-            write_report(job.folder)
+        with contextlib.suppress(Exception):  # a failure is the news, not its report
+            write_report(job.folder, job.notebooks)
 
 
 def collect(jobs, steps, keys, path):
@@ -100,8 +107,12 @@ def _standing(job, steps):
 
     Where a step failed, those after it are still of the run that this one started from.
     """
-    path, manifest = job.folder / "metrics.json", Manifest(job.folder, job.profile)
-    metrics = read_json(path) if path.is_file() else {}
+    path = job.folder / "metrics.json"
+    try:
+        manifest = Manifest(job.folder, job.profile)
+        metrics = read_json(path) if path.is_file() else {}
+    except ValueError:  # another's folder, or damaged: the run has said so
+        return {}
     now = {s: manifest.fingerprint(s, job.source(s), job.values) for s in steps if s in metrics}
     mine = [step for step, made in now.items() if not manifest.reason(step, made)]
     return {step: without_tables(metrics[step]) for step in mine}

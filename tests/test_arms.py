@@ -9,7 +9,7 @@ import torch
 
 from prism_nb import arms as a
 from prism_nb import params
-from prism_nb.classifiers import build_classifier, load_classifier
+from prism_nb.classifiers import build_classifier, load_classifier, save_classifier
 from prism_nb.findings import PAPER_HEADS
 
 HEADS = list(PAPER_HEADS)
@@ -201,6 +201,20 @@ def test_what_is_trained_is_read_and_what_changed_is_trained_anew(task, trained,
     jobs.clear()
     train(ARMS, task, folder, classifier_epochs=3, num_augment_seeds=1)
     assert jobs == [("plain", 3), ("counterfactuals", 3)]
+
+
+def test_other_start_weights_are_another_training(task, tmp_path):
+    weights, (*given, settings) = tmp_path / "start", task
+
+    def keys(seed):
+        save_classifier(weights, build_classifier("test_efficientnet", 4, seed=seed), HEADS)
+        for path in (weights, weights / "model.safetensors"):
+            own = SimpleNamespace(**vars(settings) | {"classifier_weights": str(path)})
+            yield a._jobs(ARMS, *given, own, tmp_path, "cpu")[0].key
+
+    first, other = list(keys(0)), list(keys(1))
+    assert first[0] == first[1]  # one file, under either name
+    assert other[0] == other[1] != first[0]
 
 
 def test_two_processes_give_the_same_numbers_as_one(task, trained, tmp_path):

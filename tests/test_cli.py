@@ -1,6 +1,7 @@
 """The command line: what it prints, and its exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -90,7 +91,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
         write_text(books / f"{name}.ipynb", "{}")
     code, _, error = call("run", path, "--set", f"run_dir={path.parent}", "--notebooks", books)
     assert code == 2
-    assert "is no run folder (it holds mine.yaml)" in error
+    assert "is no run folder (it holds mine.yaml, and" in error
     assert [each.name for each in path.parent.iterdir()] == ["mine.yaml"]
 
 
@@ -101,6 +102,39 @@ def test_status_says_what_stands_and_why_not(tmp_path, make_notebook):
     code, said, _ = call("status", tmp_path / "run", "--notebooks", tmp_path / "notebooks")
     assert code == 0
     assert "03_invert       to do       first time" in said
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A project with a run whose manifest is damaged, and one that is whole."""
+    monkeypatch.setenv("PRISM_NB_ROOT", str(tmp_path))
+    write_text(tmp_path / "runs" / "bad" / "manifest.json", "{")
+    write_json(tmp_path / "runs" / "good" / "manifest.json", {"profile": "mine", "steps": {}})
+    return tmp_path / "runs"
+
+
+def test_a_damaged_run_is_a_line_among_the_others(runs):
+    code, said, error = call("status")
+    assert (code, error) == (1, "")
+    assert f"unreadable      {runs}/bad/manifest.json is no readable JSON" in said
+    assert "03_invert       to do" in said.partition(f"{runs}/good")[2]
+    for command in ("status", "report"):
+        code, said, error = call(command, runs / "bad")
+        assert (code, error.count("\n")) == (2, 1)
+        assert "manifest.json is no readable JSON" in error
+    assert call("report", runs / "good")[0] == 0
+
+
+def test_the_news_is_the_notebook_that_failed_not_its_report(tmp_path, monkeypatch):
+    from prism_nb import execute, report
+
+    def fail(*_):
+        raise execute.StepFailed("03_invert failed in cell 1 of 2: no luck")
+
+    monkeypatch.setattr(execute, "run_job", fail)
+    monkeypatch.setattr(report, "write_report", lambda *_: {}["no such part"])
+    code, _, error = call("run", write_text(tmp_path / "mine.yaml", "seed: 1\n"))
+    assert (code, error) == (1, "prism-nb: 03_invert failed in cell 1 of 2: no luck\n")
 
 
 @pytest.fixture
@@ -272,6 +306,46 @@ def test_a_film_that_cannot_be_read_or_would_be_overwritten_is_named(film, rando
     assert "other_mask.png is the film itself" in error
 
 
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("folder.png", "folder.png is a folder"),
+        ("half.png", "half_mask.png is a folder"),
+        ("file/deep/it.png", "no file can be written in"),
+        ("sealed/it.png", "no file can be written in"),
+    ],
+)
+def test_where_edit_cannot_write_is_said_before_the_edit(film, monkeypatch, out, words):
+    monkeypatch.setattr("prism_nb.diffusion.load_model", lambda *_: pytest.fail("loaded"))
+    for name in ("folder.png", "half_mask.png", "sealed"):
+        film.with_name(name).mkdir()
+    film.with_name("file").touch()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, how: "sealed" not in str(p) and access(p, how))
+    out = film.with_name("x").with_name(out.split("/")[0]).joinpath(*out.split("/")[1:])
+    code, _, error = call("edit", film, "--edit", "remove Cardiomegaly", "--out", out)
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith(f"prism-nb: --out {out}: ")
+    assert words in error
+
+
+def test_films_named_by_their_unique_ids_do_not_overwrite_each_other(film):
+    from prism_nb.cli import _edited
+
+    assert _edited(film).name == "mine_edited.png"
+    for name in ("1.2.840.113619.1001", "1.2.840.113619.1002"):
+        assert _edited(film.with_name(name)).name == f"{name}_edited.png"
+    assert _edited(film.with_name("1.2.840.1.dcm")).name == "1.2.840.1_edited.png"
+
+
+def test_a_preset_that_needs_another_method_says_so_as_it_was_given(film):
+    given = ["--edit", "remove Cardiomegaly", "--preset", "prism", "--method", "ddim"]
+    code, _, error = call("edit", film, *given)
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith("prism-nb: --preset prism with --method ddim: ")
+    assert "null_text" in error
+
+
 def test_edit_cohort_writes_every_edit_and_continues(tiny_run, tmp_path):
     given = ["--split", "all", "--max-films", 3, "--steps", 2, "--out", tmp_path / "films"]
     given += ["--edits", "remove Support Devices, add Support Devices"]
@@ -353,3 +427,13 @@ def test_doctor_passes_here_and_says_how_to_fix_what_lacks(monkeypatch):
     assert code == 1
     assert 'python -m pip install "torch>=99"' in said
     assert "not installed, needs >=1" in said
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"argv": ["/nowhere/python"], "display_name": ""}'])
+def test_doctor_survives_a_kernel_that_is_gone_or_damaged(tmp_path, monkeypatch, text):
+    write_text(tmp_path / "kernels" / "python3" / "kernel.json", text)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    check = doctor._kernel()
+    assert not check.good
+    assert "ipykernel install" in check.fix
+    assert "\n" not in check.found

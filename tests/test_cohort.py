@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from prism_nb import cohort as module
 from prism_nb.cohort import (
     COLUMNS,
     CohortError,
@@ -21,7 +23,7 @@ from prism_nb.cohort import (
     write_cohort,
 )
 from prism_nb.findings import FINDINGS, PAPER_HEADS
-from prism_nb.images import save_png
+from prism_nb.images import check_image, save_png
 
 GREY = np.full((8, 8), 120, np.uint8)
 
@@ -118,6 +120,17 @@ def test_absolute_paths_inside_the_root_are_taken(tmp_path):
     csv = tmp_path / "films.csv"
     pd.DataFrame({"path": [tmp_path.resolve() / "a.png"], "edema": [1]}).to_csv(csv, index=False)
     assert load_cohort(csv).table["path"].tolist() == ["a.png"]
+
+
+def test_absolute_paths_below_a_linked_root_and_below_the_root_of_all(tmp_path):
+    save_png(tmp_path / "real" / "a.png", GREY)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    csv = tmp_path / "films.csv"
+    for start, root in (("link", "link"), ("real", "link"), ("real", "real/../real")):
+        csv.write_text(f"path,edema\n{tmp_path}/{start}/a.png,1\n")
+        assert load_cohort(csv, tmp_path / root).table["path"].tolist() == ["a.png"]
+    table = load_cohort(csv, "/").table
+    assert table["path"].tolist() == [str(tmp_path.resolve() / "real/a.png")[1:]]
 
 
 # NIH ChestX-ray14
@@ -288,6 +301,35 @@ def test_bad_rows_are_rejected_with_line_and_reason(tmp_path):
     assert cohort.rejected["row"].tolist() == list(range(3, len(lines) + 2))
     for found, expected in zip(cohort.rejected["reason"], list(lines.values())[1:], strict=True):
         assert expected in found
+
+
+def test_a_path_that_no_disk_can_hold_is_a_rejected_row(tmp_path):
+    save_png(tmp_path / "a.png", GREY)
+    (tmp_path / "films.csv").write_text(f"path,edema\na.png,1\nb\0.png,1\n{'x' * 300}.png,1\n")
+    cohort = load_cohort(tmp_path / "films.csv")
+    assert cohort.table["path"].tolist() == ["a.png"]
+    assert cohort.rejected["row"].tolist() == [3, 4]
+    assert cohort.rejected["reason"][0] == "a NUL character in the path."
+
+
+def test_many_films_are_looked_at_by_head_and_end(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
+    names = [f"{name}.{kind}" for name in ("whole", "cut", "more") for kind in ("png", "jpg")]
+    for name in names:
+        Image.fromarray(noise).save(tmp_path / name)
+        if not name.startswith("whole"):
+            data = (tmp_path / name).read_bytes()
+            data = data[:2000] if name.startswith("cut") else data + b"\0\0 and notes"
+            (tmp_path / name).write_bytes(data)
+    (tmp_path / "films.csv").write_text("path,edema\n" + "".join(f"{n},1\n" for n in names))
+    for limit in (9, 0):
+        monkeypatch.setattr(module, "DECODE_UP_TO", limit)
+        cohort = load_cohort(tmp_path / "films.csv")
+        assert cohort.rejected["path"].tolist() == ["cut.png", "cut.jpg"]
+        assert cohort.rejected["reason"].str.contains("truncated or damaged").all()
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("decoded"))
+    for name in names[:2]:
+        check_image(tmp_path / name, decode=False)
 
 
 def test_links_inside_the_root_are_fine(tmp_path):

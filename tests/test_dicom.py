@@ -328,6 +328,23 @@ def test_a_folder_is_described_without_whose_it_is(tmp_path):
     assert moved["film_id"] == rows["x/c.DICOM"]["film_id"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no file that opens and cannot be read")
+def test_a_file_that_cannot_be_read_is_one_rejected_row(tmp_path):
+    write(tmp_path / "a.dcm")
+    (tmp_path / "IM0001").symlink_to("/proc/self/mem")
+    rows = describe_folder(tmp_path)
+    assert [row["path"] for row in rows if not row["reason"]] == ["a.dcm"]
+    assert rows[0]["reason"].startswith("the DICOM header cannot be read")
+
+
+def test_a_film_cut_short_is_found_by_its_header(tmp_path):
+    path = write(tmp_path / "film.dcm", np.zeros((64, 64), np.uint16))
+    images.check_image(path, decode=False)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ImageError, match="cut short"):
+        images.check_image(path, decode=False)
+
+
 # written
 
 

@@ -6,6 +6,7 @@ that their code, and with it what counts as changed, stays the same.
 
 import contextlib
 import io
+import json
 import os
 import resource
 import signal
@@ -255,6 +256,18 @@ def test_plain_papermill_from_any_folder(road, tmp_path, monkeypatch):
     assert record_path(run, "01_caption").exists()
 
 
+@pytest.mark.parametrize("spec", [[sys.executable, "-c", "exit(3)"], ["/nowhere/python"], "{"])
+def test_a_kernel_that_does_not_start_is_a_failed_step(road, tmp_path, monkeypatch, spec):
+    about = {"argv": spec, "display_name": "", "language": "python"}
+    text = spec if spec == "{" else json.dumps(about)
+    write_text(tmp_path / "kernels" / "python3" / "kernel.json", text)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    with pytest.raises(StepFailed, match="01_caption did not start") as error:
+        go(road, steps=["01_caption"], run="dead")
+    assert "prism-nb doctor" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_a_run_folder_in_use_is_refused(road, done):
     with locked(done / ".lock"), pytest.raises(RunFolderError, match="is in use by another run"):
         go(road)
@@ -287,6 +300,9 @@ def test_settings_and_names(road, tmp_path, monkeypatch):
         prepare(road / "mine.yaml", "../elsewhere")
     with pytest.raises(RunFolderError, match="write --set key=value"):
         prepare(road / "mine.yaml", settings=("csv",))
+    for key in ("run_dir", "csv"):
+        with pytest.raises(ProfileError, match=f"{key} = '~nosuch/x': there is no such user"):
+            prepare(road / "mine.yaml", settings=(f"{key}=~nosuch/x",))
     with pytest.raises(ProfileError, match="unknown key sed; did you mean seed"):
         prepare(road / "mine.yaml", settings=("sed=1",))
     with pytest.raises(ProfileError, match="seed = -1: allowed is from 0"):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -588,6 +588,18 @@ def test_validation_noise_belongs_to_the_film_not_to_its_batch(model, latents):
     whole = validation_loss(model, latents, ROWS)
     alone = validation_loss(model, latents, ROWS[3:5], batch_size=1)
     np.testing.assert_allclose(whole[3:5], alone, rtol=1e-4)
+
+
+def test_validation_sees_the_captions_as_the_text_encoder_in_training_does(
+    model, latents, settings
+):
+    for _ in finetune(model, latents, ROWS, settings(train_text_encoder=True)):
+        looked = validation_loss(model, latents, ROWS)
+        now = replace(latents, text=embed_captions(model, CAPTIONS))
+    assert not torch.allclose(
+        now.text, embed_captions(load_model(model.base_model, device="cpu"), CAPTIONS)
+    )
+    np.testing.assert_allclose(looked, validation_loss(model, now, ROWS), rtol=1e-4)
 
 
 def test_an_untrained_prediction_of_zero_has_the_loss_of_the_noise(model, latents, monkeypatch):

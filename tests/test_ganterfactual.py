@@ -249,6 +249,17 @@ def test_unusable_requests_are_refused(guide):
         brief(guide=build_classifier("alexnet", 1))
 
 
+def test_a_guide_of_another_finding_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(g, "build_classifier", lambda *_: build_classifier("test_resnet", 1))
+    films = noise(8, 32, 32), np.tile([[0], [1]], (4, 1)).astype(np.float32)
+    trained, fit = [], g.fit
+    monkeypatch.setattr(g, "fit", lambda *given, **how: trained.append(1) or fit(*given, **how))
+    for finding, times in (("Edema", 1), ("Edema", 1), ("Pleural Effusion", 2)):
+        g.phantom_guide(tmp_path, finding, {"train": films, "val": films})
+        assert len(trained) == times
+        assert json.loads((tmp_path / "card.json").read_text())["heads"] == [finding]
+
+
 def test_the_program_trains_saves_and_goes_on(tmp_path, monkeypatch, caplog):
     small = lambda name, heads: build_classifier("test_resnet", heads)  # noqa: E731
     monkeypatch.setattr(g, "build_classifier", small)

@@ -1,5 +1,6 @@
 """The judge: another architecture, other films, a card that says so."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from prism_nb import judging as j
 from prism_nb.classifiers import ClassifierError, build_classifier, save_classifier
 from prism_nb.findings import PAPER_HEADS
+from prism_nb.ganterfactual import GanError, build_gan, load_gan, save_gan
 from prism_nb.images import load_films
 
 PARAMS = {
@@ -97,6 +99,46 @@ def test_no_judge_is_the_classifier_or_lacks_a_head(cohort, films, tmp_path):
         make(cohort, films, tmp_path, judge=saved, classifier="test_resnet")
     with pytest.raises(ClassifierError, match="the nearest is 'test_resnet'"):
         make(cohort, films, tmp_path, judge="test_resne")
+
+
+def baseline(cohort, films, folder, name):
+    params = SimpleNamespace(seed=0, baseline=str(name), baseline_steps=2, baseline_size=32)
+    return j.make_baseline(cohort, films, params, folder)
+
+
+def weights(gan):
+    return torch.cat([w.flatten() for w in gan.to_absent.parameters()])
+
+
+def test_the_gan_that_was_used_is_kept_for_06(cohort, films, tmp_path, monkeypatch):
+    other = save_gan(tmp_path / "other", build_gan(32, 4, seed=5), {"finding": "Edema"})
+    monkeypatch.setattr(j, "BUNDLED", other)
+    kept = tmp_path / "run" / "baseline"
+    for name in (other, "bundled"):
+        gan, finding = baseline(cohort, films, kept, name)
+        again, card = load_gan(kept)
+        assert (finding, card["finding"]) == ("Edema", "Edema")
+        assert torch.equal(weights(gan), weights(again))
+        (kept / "card.json").unlink()
+    save_gan(kept, build_gan(32, 4), {"finding": "Edema"})
+    assert baseline(cohort, films, kept, "none") == (None, "")
+    with pytest.raises(GanError, match="no GAN in"):
+        load_gan(kept)
+
+
+def test_a_gan_is_trained_once_though_its_folder_is_cleared(cohort, films, tmp_path, monkeypatch):
+    small = lambda name, heads, **given: build_classifier("test_resnet", heads, **given)  # noqa: E731
+    monkeypatch.setattr(j, "build_classifier", small)
+    made, build = tmp_path / "run" / "baseline", lambda size, seed: build_gan(size, 4, seed)
+    monkeypatch.setattr(j, "build_gan", build)
+    first, finding = baseline(cohort, films, made, "train")
+    assert finding == load_gan(made)[1]["finding"] == j.DEVICES
+    shutil.rmtree(made)
+    updates, fit = [], j.fit_gan
+    monkeypatch.setattr(j, "fit_gan", lambda *a, **k: updates.extend(fit(*a, **k)) or updates)
+    again, _ = baseline(cohort, films, made, "train")
+    assert updates == []
+    assert torch.equal(weights(first), weights(again))
 
 
 def test_heads_come_in_the_right_order(films, tmp_path):

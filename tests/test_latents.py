@@ -1,6 +1,7 @@
 """The cache of latents: what it holds, when it is reused, continued, made anew or refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from prism_nb.captions import captions
 from prism_nb.cohort import load_cohort
 from prism_nb.diffusion import embed_captions, posterior
 from prism_nb.files import read_json, write_json
-from prism_nb.images import load_films, uint8_to_unit
+from prism_nb.images import load_films, save_png, uint8_to_unit
 from prism_nb.latents import LatentError, encode_cohort, load_latents
 
 SHARD = 4
@@ -38,10 +39,14 @@ def small_shards(monkeypatch):
 
 @pytest.fixture
 def encode(model, cohort, tmp_path):
-    """A function that encodes the cohort into tmp_path, and counts the films it had to encode."""
+    """A function that encodes the cohort into tmp_path, and counts the films it had to encode.
 
-    def run(table=cohort.table, size=64, folder=tmp_path / "latents", **options):
+    `read` names those that it read to learn whether they are still the same.
+    """
+
+    def run(table=cohort.table, size=64, folder=tmp_path / "latents", root=None, **options):
         run.encoded, whole = [], module._encode
+        run.read, digest = [], module.sha256_file
 
         def counted(model, paths, *rest):
             run.encoded.append(len(paths))
@@ -49,8 +54,9 @@ def encode(model, cohort, tmp_path):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "_encode", counted)
+            patch.setattr(module, "sha256_file", lambda path: run.read.append(path) or digest(path))
             made = encode_cohort(
-                model, table, cohort.image_root, size, "squash", folder, 3, **options
+                model, table, root or cohort.image_root, size, "squash", folder, 3, **options
             )
         if options.get("num_verified", 1):
             run.encoded.pop()  # what verification encoded
@@ -132,6 +138,64 @@ def test_a_finished_cache_is_reused(encode, tmp_path):
     assert again.key == first.key
 
 
+def test_other_pixels_under_the_same_names_are_encoded_anew(cohort, encode, tmp_path):
+    root = shutil.copytree(cohort.image_root, tmp_path / "films")
+    first, paths = encode(root=root, num_verified=0), cohort.table["path"]
+    before = [part.clone() for part in first.gather(np.arange(10))]
+    save_png(root / paths.iloc[6], np.zeros((64, 64), np.uint8))
+    again = encode(root=root, num_verified=0)
+    assert encode.encoded == [4]
+    assert again.key != first.key
+    for old, new in zip(before, again.gather(np.arange(10)), strict=True):
+        assert [row for row in range(10) if not torch.equal(old[row], new[row])] == [6]
+    names = [root / path for path in paths.iloc[[0, 1]]]
+    contents = [path.read_bytes() for path in names]
+    for path, content in zip(names, reversed(contents), strict=True):
+        path.write_bytes(content)
+    assert encode(root=root).key != again.key
+    assert encode.encoded == [4]
+
+
+def test_films_are_read_again_only_where_size_or_time_changed(cohort, encode, tmp_path):
+    root = shutil.copytree(cohort.image_root, tmp_path / "films")
+    first = encode(root=root)
+    assert len(encode.read) == 10
+    assert encode(root=root).key == first.key
+    assert encode.read == []
+    os.utime(root / cohort.table["path"].iloc[5], (1, 1))
+    assert encode(root=root).key == first.key
+    assert len(encode.read) == 4  # those of its shard
+    assert encode(root=root).key == first.key
+    assert encode.read == []
+    (tmp_path / "latents" / module.STAMPS).unlink()
+    assert encode(root=root).key == first.key
+    assert len(encode.read) == 10
+    moved = shutil.copytree(root, tmp_path / "moved")
+    assert encode(root=moved).key == first.key
+    assert encode.encoded == []
+
+
+def test_a_cache_of_an_older_version_is_encoded_anew(encode, tmp_path):
+    encode()
+    folder = tmp_path / "latents"
+    (folder / module.STAMPS).unlink()
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"key": "without the films' bytes"})
+    encode()
+    assert encode.encoded == [4, 4, 2]
+
+
+def test_a_film_that_is_gone_is_named_though_its_latents_are_there(cohort, encode, tmp_path):
+    root = shutil.copytree(cohort.image_root, tmp_path / "films")
+    encode(root=root)
+    (root / cohort.table["path"].iloc[6]).unlink()
+    with pytest.raises(LatentError, match="Run 01_caption again") as error:
+        encode(root=root, num_verified=0)
+    assert cohort.table["path"].iloc[6] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_new_captions_leave_the_films_alone(cohort, encode):
     first = encode()
     again = encode(cohort.table.assign(caption="chest x-ray"))
@@ -181,6 +245,7 @@ def test_an_interrupted_encoding_goes_on_where_it_stopped(encode, tmp_path):
         load_latents(tmp_path / "latents")
     encode()
     assert encode.encoded == [4, 2]
+    assert len(encode.read) == 2  # of the shard that it had not come to
 
 
 def test_a_killed_encoding_ends_as_an_uninterrupted_one(random_base, cohort, encode, tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import time
 import typing
 from pathlib import Path
@@ -369,6 +370,38 @@ def test_plain_tells_laterals_by_their_path(tmp_path):
     cohort = load_cohort(csv, check_images=False)
     assert (cohort.settings["layout"], cohort.counts) == ("plain", {"not frontal": 1})
     assert cohort.table["patient_id"].tolist() == ["patient64741"]
+
+
+@pytest.mark.parametrize("patient", ["PatientID", "Patient ID", "subject", "Subject_ID"])
+@pytest.mark.parametrize("view", ["ViewPosition", "view_position", "Projection"])
+def test_plain_knows_patients_and_views_by_their_usual_names(tmp_path, patient, view):
+    rows = [f"{name}{i}.png,{name},{v},1" for name in "AB" for i, v in enumerate(("PA", "LL"))]
+    csv = write(tmp_path / "films.csv", f"path,{patient},{view},Edema", *rows)
+    cohort = load_cohort(csv, check_images=False)
+    assert cohort.table["patient_id"].tolist() == ["A", "B"]
+    assert cohort.table["view"].tolist() == ["PA", "PA"]
+    assert (cohort.counts, cohort.settings["notes"]) == ({"not frontal": 2}, [])
+
+
+def test_the_notebook_says_what_was_assumed(root):
+    book = json.loads((root / "notebooks" / "01_caption.ipynb").read_text(encoding="utf-8"))
+    sources = ["".join(cell["source"]) for cell in book["cells"]]
+    assert any(re.search(r'in cohort\.settings\["notes"\].*\n +print\(note\)', s) for s in sources)
+
+
+def test_plain_refuses_to_guess_whose_a_film_is(tmp_path):
+    csv = write(tmp_path / "films.csv", "path,Sex,study patient no,Edema", "a.png,F,7,1")
+    with pytest.raises(CohortError, match=r"'study patient no'.*; rename it to patient") as e:
+        read_labels(csv)
+    assert "\n" not in str(e.value)
+    lines = "path,patient,patient_class,subjective,Edema", "a.png,p7,inpatient,x,1"
+    assert read_labels(write(tmp_path / "films.csv", *lines)).raw["patient_id"].tolist() == ["p7"]
+    lines = "path,patient_class,Edema", "x/patient00007/a.png,inpatient,1"
+    raw = read_labels(write(tmp_path / "films.csv", *lines)).raw  # the path says it
+    assert raw["patient_id"].tolist() == ["patient00007"]
+    lines = "path,PatientSex,PatientAge,Edema", "a.png,F,061Y,1"
+    raw = read_labels(write(tmp_path / "films.csv", *lines)).raw
+    assert (raw["Sex"].tolist(), raw["Age"].tolist()) == (["Female"], [61])
 
 
 def test_a_csv_of_own_dicom_files_names_no_one(tmp_path):

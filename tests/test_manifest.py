@@ -23,6 +23,7 @@ def folder(tmp_path):
     folder = tmp_path / "run"
     write_text(folder / "cohort.json", "{}")
     write_text(folder / "model" / "a.txt", "weights")
+    write_json(record_path(folder, "02_finetune"), {"notebook": "02_finetune"})
     return folder
 
 
@@ -182,16 +183,42 @@ def test_bundled_models_count_for_those_who_use_them(folder, tmp_path, make_note
     assert list(code) == ["04_edit.ipynb"]
 
 
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD", "", "{}", '{"cells": [1]}', "[]"])
+def test_a_damaged_notebook_is_named_and_to_be_restored(notebook, text):
+    notebook.write_text(text)
+    with pytest.raises(RunFolderError, match=r"03_invert\.ipynb is no .*notebook .*: restore"):
+        code_cells(notebook)
+
+
 def test_magics_are_not_python(notebook):
     assert "matplotlib" not in code_cells(notebook)
     assert "import os" in code_cells(notebook)
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "photos/me.png"])
+@pytest.mark.parametrize(
+    "name",
+    ["thesis.tex", "photos/me.png", "phantom/manifest.json", "model/weights.bin", "steps/1.txt"],
+)
 def test_a_folder_with_other_things_is_no_run_folder(tmp_path, name):
     write_text(tmp_path / "home" / name, "x")
     with pytest.raises(RunFolderError, match="is no run folder"):
         Manifest(tmp_path / "home", "mine")
+
+
+def test_hidden_files_alone_are_no_strangers(tmp_path):
+    write_text(tmp_path / "run" / ".lock", "")  # all that a run killed at its start leaves
+    write_text(tmp_path / "run" / ".partial-1" / "half", "")
+    Manifest(tmp_path / "run", "mine")
+
+
+def test_only_what_a_step_of_ours_wrote_is_cleared(folder, tmp_path):
+    own = write_text(folder / "inversions" / "of.bin", "somebody's")
+    Manifest(folder, "mine").begin("03_invert", {})
+    assert own.exists()
+    write_json(folder / "manifest.json", {"profile": "mine", "steps": {}})
+    Run("03_invert", {"run_dir": str(folder)}).finish()  # by papermill or by hand
+    Manifest(folder, "mine").begin("03_invert", {})
+    assert not own.exists()
 
 
 def test_a_run_of_another_profile_is_refused(folder):
@@ -217,4 +244,5 @@ def test_what_a_killed_process_left_behind_is_removed(tmp_path):
 )
 def test_what_papermill_and_the_studio_left_is_no_stranger(tmp_path, name):
     write_text(tmp_path / "run" / name, "x")
+    write_json(record_path(tmp_path / "run", "01_caption"), {})
     Manifest(tmp_path / "run", "smoke")

@@ -103,6 +103,12 @@ def test_a_bad_profile_is_one_line_that_names_the_file(profile, text, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_home_that_is_nobodys_is_named_with_its_key(profile):
+    assert load_profile(profile("csv: ~/films.csv"))["csv"] == "~/films.csv"
+    with pytest.raises(ProfileError, match=r"csv = '~nosuch/x\.csv': there is no such user"):
+        load_profile(profile("csv: ~nosuch/x.csv"))
+
+
 def test_a_missing_or_binary_profile_is_named(tmp_path):
     with pytest.raises(ProfileError, match="No such file"):
         load_profile(tmp_path / "none.yaml")

@@ -2,9 +2,12 @@
 
 import shutil
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
 from prism_nb.captions import caption
 from prism_nb.diffusion import embed_captions, load_model
@@ -21,11 +24,10 @@ def words(model):
     return torch.cat([row[:n] for row, n in zip(embedded, lengths, strict=True)])
 
 
-def test_spread_text_centres_and_scales_and_changes_nothing_else(random_base, tmp_path):
-    folder = shutil.copytree(random_base, tmp_path / "base")
-    before = words(load_model(str(folder), device="cpu"))
-    pretrain.spread_text(folder, CAPTIONS)
-    after = words(load_model(str(folder), device="cpu"))
+def test_spread_text_centres_and_scales_and_changes_nothing_else(model):
+    before = words(model)
+    pretrain.spread_text(model.text_encoder, model.tokenizer, CAPTIONS)
+    after = words(model)
     expected = (before - before.mean(0)) / before.std(0).clamp(min=0.02)
     torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-3)
 
@@ -174,6 +176,66 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut", 5)
     torch.testing.assert_close(trained(tmp_path / "cut", None), whole)
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """Films of 16 families, as the program leaves them in work/."""
+    work = tmp_path_factory.mktemp("rendered")
+    pretrain.phantom_films(work, 16, 64)
+    return work
+
+
+def start(folder):
+    """Run the program, one step a stage; returns how many trainings it came to the end of."""
+    ended, train = [], pretrain.train
+    steps = [f"--{part}-steps=1" for part in ("vae", "decoder", "clip", "unet")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "train", lambda *a, **k: ended.append(train(*a, **k)))
+        pretrain.main([str(folder), "--size=64", *steps, "--device=cpu"])
+    return len(ended)
+
+
+@pytest.fixture(scope="module")
+def whole(rendered, tmp_path_factory):
+    """A base of one step a stage, made in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(rendered, folder / "work")
+    assert start(folder) == 4
+    return folder
+
+
+def test_finished_stages_are_skipped(whole):
+    assert start(whole) == 0
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (pretrain, "refine_decoder"),
+        (pretrain, "spread_text"),
+        (transformers.CLIPImageProcessor, "save_pretrained"),
+        (diffusers.UNet2DConditionModel, "save_pretrained"),
+    ],
+)
+def test_a_killed_stage_is_made_good(whole, rendered, tmp_path, monkeypatch, owner, name):
+    def kill(_, *given, **__):
+        if name == "save_pretrained":
+            given[0].mkdir(exist_ok=True)  # as far as it came
+        raise KeyboardInterrupt
+
+    shutil.copytree(rendered, tmp_path / "work")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, kill)
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path)
+    start(tmp_path)
+    made = sorted(path.name for path in (tmp_path / "work").glob("*.pt"))
+    assert made == ["clip.pt", "decoder.pt", "unet.pt", "vae.pt"]
+    for file in whole.glob("*/*.safetensors"):
+        own = load_file(tmp_path / file.relative_to(whole))
+        for key, tensor in load_file(file).items():
+            torch.testing.assert_close(own[key], tensor, rtol=1e-3, atol=1e-3)
 
 
 def test_the_unet_of_a_few_steps_is_written(random_base, tmp_path):

@@ -13,9 +13,10 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from prism_nb.files import write_json
+from prism_nb.files import read_json, write_json, write_text
+from prism_nb.manifest import Manifest
 from prism_nb.report import CAPTIONS, NOTES, RENAMED, write_report
-from prism_nb.run import Run
+from prism_nb.run import Run, RunFolderError, record_path
 
 TEXT = r"""# 03 · Invert
 Inline $\bar\alpha_t$, unknown $\nosuchmacro{x}$ and
@@ -223,6 +224,66 @@ def test_columns_and_names_are_those_of_a_reader(folder):
     found = rows(write_report(folder).read_text(encoding="utf-8"))
     assert ["arm", "baseline", "difference", "arm alone right"] in found
     assert ["true counterfactuals", "SDEdit", "0.500 (0.250 to 0.750)", "3"] in found
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.json", b"{"),
+        ("metrics.json", b"[1]"),
+        ("tables/empty.csv", b""),
+        ("tables/table2.csv", b"method,metric\n\xfcber,1\n"),
+        ("tables/twice.csv", b"metric,n,mean,edit\na,1,1,x\na,1,2,x\n"),
+        ("figures/03_cut.png", b"\x89PNG"),
+        ("notebooks/04_edit.ipynb", b""),
+        ("notebooks/04_edit.ipynb", b"{}"),
+    ],
+)
+def test_what_cannot_be_read_is_named_and_the_rest_is_there(folder, name, content):
+    (folder / name).write_bytes(content)
+    html = write_report(folder).read_text(encoding="utf-8")
+    assert f"{name} cannot be shown" in html
+    for other in ("1,234", "psnr", "31.2", "figure-03_x", "<p>kept</p>", "remove Edema"):
+        assert (other in html) or name == "metrics.json"
+
+
+def test_means_of_nothing_counted_are_a_table_like_any_other(folder):
+    pd.DataFrame({"metric": ["l1"], "mean": [0.5]}).to_csv(folder / "tables/x.csv", index=False)
+    assert ["l1", "0.5"] in rows(write_report(folder).read_text(encoding="utf-8"))
+
+
+def test_a_damaged_manifest_is_one_line(folder):
+    for text in ("{", "[]", '{"steps": 1}'):
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(RunFolderError, match=r"manifest\.json is no"):
+            write_report(folder)
+
+
+def test_results_of_other_parameters_are_called_stale(tmp_path, make_notebook):
+    folder, books = tmp_path / "run", tmp_path / "notebooks"
+    write_text(folder / "cohort.json", "{}")
+    write_json(record_path(folder, "01_caption"), {})
+    for name in ("02_finetune", "03_invert"):
+        notebook = make_notebook(books / f"{name}.ipynb", "seed: int = 0")
+        book = Manifest(folder, "mine")
+        book.begin(name, book.fingerprint(name, notebook, {"seed": 1}))
+        run = Run(name, {"run_dir": str(folder), "seed": 1})
+        run.save_metrics(psnr=1.0)
+        run.finish()
+        book.complete(name, read_json(record_path(folder, name)), 1.0)
+    book.parameters = {"seed": 1}
+    book.write()
+    html = write_report(folder, books).read_text(encoding="utf-8")
+    assert "stale" not in html.partition("</style>")[2].lower()
+    book.parameters = {"seed": 2}  # with which 02_finetune then failed
+    book.begin("02_finetune", {})
+    html = write_report(folder, books).read_text(encoding="utf-8")
+    states = {row[0]: row[1] for row in rows(html) if len(row) == 4}
+    assert states["02_finetune"] == "failed or cut short"
+    assert states["03_invert"] == "stale: parameters changed: seed"
+    above = html.partition("<h2 id='Metrics'>")[2].partition("<details>")[0]
+    assert "Stale" in above
+    assert "03_invert" in above
 
 
 def test_grids_have_the_whole_width(folder):

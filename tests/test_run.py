@@ -107,6 +107,10 @@ def test_every_input_is_written_by_an_earlier_notebook():
         written |= set(step.writes)
 
 
+def test_the_gan_of_05_is_an_input_of_06():
+    assert "baseline" in STEPS["06_augment"].reads
+
+
 def test_outputs_stay_in_the_run_folder(folder):
     run = start(folder)
     assert run.path("inversions/deep/x.npz").parent.is_dir()

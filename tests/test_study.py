@@ -234,6 +234,12 @@ def test_goals_are_checked_both_ways():
     assert bad["met"].tolist() == [False] * 5
     both = pd.concat([free, differences(0.1, 0.02, 0.2, 0.0, 0.0, level=0.57)])
     assert a.check_goals(differences(0.12, 0.05, 0.15, 0.02, 0.0), both)["met"].all()  # the lower
+    twice = pd.concat([free, free, differences(0.1, 0.02, 0.2, 0.0, 0.0, level=0.567)])
+    same = a.check_goals(differences(0.12, 0.05, 0.15, 0.02, 0.0), twice).iloc[-1]
+    assert same.tolist() == ["no gain without a link", "+10.0 points (+2.0 to +11.0)", False]
+    unsure = pd.concat([free, free.assign(low=np.nan)])  # too few patients for an interval
+    kept = a.check_goals(differences(0.12, 0.05, 0.15, 0.02, 0.0), unsure).iloc[-1]
+    assert kept.tolist() == ["no gain without a link", "+1.0 points (-2.0 to +2.0)", True]
     untold = a.check_goals(differences(0.12, -0.01, -0.1, 0.02, 0.0))
     assert untold["met"].tolist() == [False, True, True]  # no ceiling to reach, no sweep
 

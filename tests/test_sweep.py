@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from prism_nb import sweep as module
-from prism_nb.files import read_json, write_text
+from prism_nb.files import locked, read_json, write_text
 from prism_nb.params import ProfileError
 from prism_nb.run import RunFolderError
 from prism_nb.sweep import combinations, run_one, sweep
@@ -67,6 +67,20 @@ def test_a_run_that_failed_shows_no_number_of_the_run_that_it_started_from(road,
     table, _, failed = sweep(road, ["num_ddim_steps=2,13"], **given)
     assert "03_invert failed" in failed
     assert table["04_edit.n"].fillna(0).tolist() == [2, 0]
+
+
+def test_a_run_folder_in_use_or_of_another_stops_no_other_run(road):
+    runs = road.parent / "runs"
+    write_text(runs / "mine-num_ddim_steps=3" / "thesis.tex", "mine")
+    folder = runs / "mine-num_ddim_steps=2"
+    folder.mkdir()
+    with locked(folder / ".lock"):
+        table, _, failed = go(road, "num_ddim_steps=2,3,4")
+    assert "mine-num_ddim_steps=2: " in failed
+    assert "is in use by another run" in failed
+    assert "mine-num_ddim_steps=3 is no run folder (it holds thesis.tex" in failed
+    assert table["03_invert.psnr.test"].fillna(0).tolist() == [0, 0, 40]
+    assert [path.name for path in (runs / "mine-num_ddim_steps=3").iterdir()] == ["thesis.tex"]
 
 
 def test_a_linked_run_can_change_without_the_other(road):

@@ -1,9 +1,10 @@
 """Train the bundled base model: a small Stable Diffusion whose world is the phantom.
 
-Four stages, each skipped when its folder is there: films, VAE (phantom films, and real ones if some
-are given), CLIP (contrastive, films against captions), U-Net (noise prediction on cached latents,
-EMA; real films as well). Same classes of diffusers and transformers as Stable Diffusion v1.5, fewer
-channels. Killed and started again it continues from its last checkpoint.
+Four stages, each skipped when its folder is there, which comes last and whole: films, VAE (phantom
+films, and real ones if some are given), CLIP (contrastive, films against captions), U-Net (noise
+prediction on cached latents, EMA; real films as well). Same classes of diffusers and transformers
+as Stable Diffusion v1.5, fewer channels. Killed and started again it continues from its last
+checkpoint.
     python -m prism_nb.phantom.pretrain OUT [--films CSV] [--unet-steps 4500]
 Shapes: films (N, H, W) uint8; images (B, 3, H, W) in [-1, 1]; z (B, C, H/8, W/8).
 """
@@ -14,6 +15,7 @@ import logging
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from torch.nn import functional as F
 from prism_nb.captions import caption, captions, vocabulary
 from prism_nb.cohort import load_cohort
 from prism_nb.diffusion import pick_device
-from prism_nb.files import atomic_path, read_json, write_json
+from prism_nb.files import atomic_folder, atomic_path, read_json, write_json
 from prism_nb.findings import FINDINGS
 from prism_nb.images import load_films, uint8_to_unit, unit_to_sd
 from prism_nb.phantom import DRAWN, render, sample_patient
@@ -161,24 +163,26 @@ def random_base(folder, size=64, seed=0):
     return folder
 
 
-def save_clip(clip, folder, size):
-    """Write the whole CLIP, its image processor, and its text half as the model's text encoder.
+def save_clip(clip, folder, size, encoder=None):
+    """Write the model's text encoder (None: CLIP's text half), then CLIP and its image processor.
 
-    A text encoder that is there already stays: it may have been spread, and a U-Net trained on it.
+    A text encoder that is there already stays: a U-Net may have been trained on it.
     """
     from transformers import CLIPImageProcessor
 
+    if not (folder / "text_encoder").is_dir():
+        with atomic_folder(folder / "text_encoder") as partial:
+            (encoder or clip.text_model).save_pretrained(partial)
     side = min(size, CLIP_SIZE)
-    clip.save_pretrained(folder / "clip")
     processor = CLIPImageProcessor(
         size={"height": side, "width": side},
         do_center_crop=False,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    processor.save_pretrained(folder / "clip")
-    if not (folder / "text_encoder").is_dir():
-        clip.text_model.save_pretrained(folder / "text_encoder")
+    with atomic_folder(folder / "clip") as partial:
+        clip.save_pretrained(partial)
+        processor.save_pretrained(partial)
 
 
 def finish_folder(folder):
@@ -291,12 +295,12 @@ def train(model, parameters, loss_of, steps, rate, work, name, ema=None):
                 torch.save(state, temporary)
 
 
-def fit_vae(folder, work, films, lines, steps, start=None, batch_size=12, device=CPU):
+def fit_vae(work, films, lines, steps, start=None, batch_size=12, device=CPU):
     """L1 on pixels and on their differences, more where there is detail, and a light KL.
 
     Wires and leads cover so few pixels that an unweighted loss gives them up; lines (N, H, W) says
     where they are. Crops first, because they are four times cheaper; the last steps see whole
-    films. Then the latents' scale is set.
+    films. Then the latents' scale is set. It stays in `work` until its decoder is refined.
     """
     from diffusers import AutoencoderKL
 
@@ -323,7 +327,7 @@ def fit_vae(folder, work, films, lines, steps, start=None, batch_size=12, device
 
     train(vae, list(vae.parameters()), loss_of, steps, 1e-3 if start else 1.5e-3, work, "vae")
     standardise(vae.cpu().eval(), films)
-    vae.save_pretrained(folder / "vae")
+    vae.save_pretrained(work / "vae")
 
 
 @torch.no_grad()
@@ -383,7 +387,7 @@ def refine_decoder(folder, work, films, lines, steps, batch_size=12, device=CPU)
     """Train the decoder alone for longer: the latents, and a U-Net trained on them, stay valid."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(folder / "vae").to(device).train()
+    vae = AutoencoderKL.from_pretrained(work / "vae").to(device).train()
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
 
@@ -398,7 +402,8 @@ def refine_decoder(folder, work, films, lines, steps, batch_size=12, device=CPU)
 
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     train(vae, trained, loss_of, steps, 1e-3, work, "decoder")
-    vae.save_pretrained(folder / "vae")
+    with atomic_folder(folder / "vae") as partial:
+        vae.save_pretrained(partial)
 
 
 def _crops(films, lines, rows, crop, rng, device):
@@ -432,7 +437,8 @@ def fit_clip(folder, work, films, labels, size, steps, families=16, device=CPU):
     In a batch of unlike patients the rest of a caption tells films apart well enough; a twin makes
     the model notice the finding. Equal label sets are all positives of one another. Linear
     readings of the labels, from film and from caption, are thrown away afterwards. Where clip/ is
-    there already its text half is kept as it is, because a U-Net may have been trained on it.
+    there already its text half is kept as it is, because a U-Net may have been trained on it. What
+    the U-Net is told with is a copy of that half, spread over captions of these films.
     """
     torch.manual_seed(2)
     tokenizer = tokenizer_folder(folder / "tokenizer", vocabulary())
@@ -472,7 +478,9 @@ def fit_clip(folder, work, films, labels, size, steps, families=16, device=CPU):
 
     trained = [parameter for parameter in parts.parameters() if parameter.requires_grad]
     train(parts, trained, loss_of, steps, 4e-3, work, "clip")
-    save_clip(clip.cpu().eval(), folder, size)
+    clip, rng = clip.cpu().eval(), np.random.default_rng(17)
+    words = sorted({caption(row, **_style(rng)) for row in labels[:600]})
+    save_clip(clip, folder, size, spread_text(deepcopy(clip.text_model), tokenizer, words))
 
 
 def keep_text(clip, folder):
@@ -491,23 +499,19 @@ def twins(rng, num_films, families):
 
 
 @torch.no_grad()
-def spread_text(folder, captions):
-    """Centre and scale the text encoder's output over `captions`; its last layer norm absorbs it.
+def spread_text(encoder, tokenizer, captions):
+    """Centre and scale a text encoder's output over `captions`; its last layer norm absorbs it.
 
     Contrastive training leaves most of the output common to all words, and a U-Net then learns for
-    long before it can tell "pleural effusion" from nothing. CLIP's own text half is left as it was.
+    long before it can tell "pleural effusion" from nothing. Returns the encoder.
     """
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     text = tokenizer(captions, padding=True, return_tensors="pt")
     words = encoder(**text)[0][text.attention_mask.bool()]  # (tokens, D)
     mean, scale = words.mean(0), 1 / words.std(0).clamp(min=0.02)
     norm = next(part for name, part in encoder.named_modules() if name.endswith("final_layer_norm"))
     norm.weight.mul_(scale)
     norm.bias.sub_(mean).mul_(scale)
-    encoder.save_pretrained(folder / "text_encoder")
+    return encoder
 
 
 def cached_latents(folder, path, films, device=CPU):
@@ -603,7 +607,8 @@ def fit_unet(
 
     train(unet, list(unet.parameters()), loss_of, steps, rate, work, "unet", ema=ema)
     ema.copy_to(unet.parameters())
-    unet.save_pretrained(folder / "unet")
+    with atomic_folder(folder / "unet") as partial:
+        unet.save_pretrained(partial)
 
 
 @torch.no_grad()
@@ -619,7 +624,8 @@ def settle(folder):
     channels = vae.config.latent_channels
     vae.quant_conv.weight[channels:] = 0
     vae.quant_conv.bias[channels:] = -14.0  # log of the variance
-    vae.save_pretrained(folder / "vae")
+    with atomic_folder(folder / "vae") as partial:
+        vae.save_pretrained(partial)
 
 
 def halve(folder):
@@ -663,12 +669,10 @@ def main(argv=None):
         # About a quarter of what the VAE sees is real
         more = np.repeat(real, round(len(mix) / 3 / len(real)) if len(real) else 1, axis=0)
         mix, lines = np.concatenate([mix, more]), np.concatenate([lines, more < 0])
-        fit_vae(folder, work, mix, lines, args.vae_steps, args.start, device=device)
+        fit_vae(work, mix, lines, args.vae_steps, args.start, device=device)
         refine_decoder(folder, work, mix, lines, args.decoder_steps, device=device)
     if not (folder / "clip").is_dir():
         fit_clip(folder, work, films, labels, args.size, args.clip_steps, device=device)
-        rng = np.random.default_rng(17)
-        spread_text(folder, sorted({caption(row, **_style(rng)) for row in labels[:600]}))
     finish_folder(folder)
     settle(folder)
     if not (folder / "unet").is_dir():
