@@ -19,7 +19,7 @@ from prism_nb.arms import NO_COUNTERFACTUALS, AugmentError
 from prism_nb.captions import edit_labels
 from prism_nb.diffusion import load_model
 from prism_nb.edits import truths
-from prism_nb.files import atomic_path
+from prism_nb.files import atomic_path, read_json
 from prism_nb.findings import FINDINGS
 from prism_nb.ganterfactual import BUNDLED, load_gan, translate
 from prism_nb.images import unit_to_uint8
@@ -129,11 +129,14 @@ def _generated(cohort, plan, folder, device, seed):
 
 def _gan_folder(cohort, folder):
     own = Path(folder) / "baseline"
-    if (own / CARD_FILE).is_file():
-        return own
-    if not is_phantom(cohort.image_root):
+    cards = [
+        read_json(each / CARD_FILE) if (each / CARD_FILE).is_file() else {"sha256": ""}
+        for each in (own, BUNDLED)
+    ]
+    bundled = cards[0]["sha256"] in ("", cards[1]["sha256"])
+    if bundled and not is_phantom(cohort.image_root):
         raise AugmentError("the bundled GAN knows phantom films alone")
-    return BUNDLED
+    return BUNDLED if bundled else own
 
 
 def gan_counterfactuals(films, plan, labels, folder=BUNDLED):

@@ -137,7 +137,10 @@ def params(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    notebooks: Annotated[Path | None, NOTEBOOKS] = None,
+) -> None:
     """Write the HTML report of a run again."""
     from prism_nb.report import write_report
     from prism_nb.run import RunFolderError
@@ -145,7 +148,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
     with _one_line_errors():
         if not (folder / "manifest.json").is_file():
             raise RunFolderError(f"{folder} holds no run; `prism-nb run PROFILE` makes one")
-        print(write_report(folder.resolve()))
+        print(write_report(folder.resolve(), notebooks))
 
 
 @app.command()

@@ -58,10 +58,13 @@ PADCHEST_FINDINGS = {  # finding -> those of PadChest's 193 labels that mean it 
     "|osteosynthesis material|(humeral |aortic endo|endo)?prosthesis",
 }
 PLAIN_NAMES = {  # what a plain CSV may call a column, in small letters -> ours
-    "patient": "patient_id|patientid|subject|subject_id|subjectid",
-    "view": "viewposition|view_position|projection",
+    "patient": "patient_id|patientid",
     "Sex": "sex|gender|patient_sex|patientsex|patient_gender",
     "Age": "age|patient_age|patientage",
+}
+SECOND_NAMES = {  # what it may call them where nothing bears those names
+    "patient": ("subject_id", "subjectid"),
+    "view": ("viewposition", "view_position", "projection"),
 }
 PADCHEST_SAYS_NOTHING = {"", "unchanged", "suboptimal study"}
 
@@ -320,6 +323,10 @@ def _plain(table, csv):
     """A path column, optionally patient, sex, age and view, and findings in any spelling."""
     given = table.columns
     table = table.rename(columns={name: _plain_name(name) for name in given})
+    for ours, names in SECOND_NAMES.items():
+        other = next((name for name in names if name in table.columns), None)
+        if other and ours not in table.columns:
+            table = table.rename(columns={other: ours})
     double = table.columns[table.columns.duplicated()]
     if len(double):
         raise CohortError(f"{csv} has two columns that mean {double[0]!r}; keep one of them.")

@@ -96,6 +96,7 @@ class Manifest:
 
         What no step of ours has written stays: it may be somebody's own.
         """
+        self._refuse_own(notebook, now.get("parameters", {}))
         entry = self.steps.get(notebook, {})
         record = record_path(self.folder, notebook)
         ours = bool(entry) or record.exists()  # a notebook run by hand leaves its record alone
@@ -121,6 +122,16 @@ class Manifest:
 
     def _there(self, name: str) -> bool:
         return (self.folder / name).exists()
+
+    def _refuse_own(self, notebook: str, parameters: dict) -> None:
+        for key in sorted(parameters.keys() & {*PATH_KEYS}):
+            path = (project_root() / Path(parameters[key]).expanduser()).resolve()
+            for name in STEPS[notebook].writes:
+                if parameters[key] and path.is_relative_to(self.folder / name):
+                    raise RunFolderError(
+                        f"{key} = {parameters[key]!r}: {notebook} writes {name} there and would "
+                        "clear it first; copy it out of the run folder"
+                    )
 
     def _clear(self, notebook: str, recorded: Iterable[str]) -> None:
         names = {*STEPS[notebook].writes, *own_outputs(self.folder, notebook), *recorded}

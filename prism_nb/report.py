@@ -187,7 +187,7 @@ def _stale(folder: Path, notebooks: Path | None) -> dict[str, str]:
     """Notebooks whose results are of other parameters, code or inputs than the run's, and why."""
     try:
         rows = states(folder, notebooks)
-    except (ValueError, LookupError):  # of a version with other parameters: who knows
+    except (ValueError, LookupError, OSError):  # of a version with other parameters: who knows
         return {}
     return {row["notebook"]: row["detail"] for row in rows if row["state"] == "again"}
 

@@ -266,7 +266,8 @@ def _watched(unet, total, progress):
 def _inversion(bench, film, factual, source, num_steps, how):
     """The run's inversion of the film where film, T, steps and method fit, else a new one."""
     run, method = bench.inverted, how["method"]
-    if film in run.film_ids and (run.method, run.num_steps) == (method, num_steps):
+    fits = (run.method, run.num_steps) == (method, num_steps) and method != "ddpm"  # has a seed
+    if film in run.film_ids and fits:
         row = run.film_ids.index(film)
         if run.captions[row] == source:
             return run.select([row])

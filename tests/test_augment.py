@@ -10,7 +10,7 @@ from prism_nb.arms import AugmentError
 from prism_nb.diffusion import load_model
 from prism_nb.edits import parse_edit, plan_edits
 from prism_nb.findings import FINDINGS
-from prism_nb.ganterfactual import build_gan, save_gan
+from prism_nb.ganterfactual import BUNDLED, build_gan, load_gan, save_gan
 from prism_nb.images import load_films
 from prism_nb.latents import encode_cohort
 
@@ -93,6 +93,11 @@ def test_what_cannot_be_had_is_named_with_its_reason(cohort, plan, factual, tmp_
         "the truth of these edits is not known",
     ]
     monkeypatch.setattr(a, "is_phantom", lambda _: False)
+    _, skipped = gather(arms[:1], cohort, plan, factual, tmp_path)
+    assert skipped == {"gan_counterfactuals": "the bundled GAN knows phantom films alone"}
+    monkeypatch.undo()
+    monkeypatch.setattr(a, "is_phantom", lambda _: False)
+    save_gan(tmp_path / "baseline", *load_gan(BUNDLED))  # as 05_evaluate leaves it
     _, skipped = gather(arms[:1], cohort, plan, factual, tmp_path)
     assert skipped == {"gan_counterfactuals": "the bundled GAN knows phantom films alone"}
 

@@ -372,7 +372,7 @@ def test_plain_tells_laterals_by_their_path(tmp_path):
     assert cohort.table["patient_id"].tolist() == ["patient64741"]
 
 
-@pytest.mark.parametrize("patient", ["PatientID", "Patient ID", "subject", "Subject_ID"])
+@pytest.mark.parametrize("patient", ["PatientID", "Patient ID", "Subject_ID"])
 @pytest.mark.parametrize("view", ["ViewPosition", "view_position", "Projection"])
 def test_plain_knows_patients_and_views_by_their_usual_names(tmp_path, patient, view):
     rows = [f"{name}{i}.png,{name},{v},1" for name in "AB" for i, v in enumerate(("PA", "LL"))]
@@ -381,6 +381,14 @@ def test_plain_knows_patients_and_views_by_their_usual_names(tmp_path, patient, 
     assert cohort.table["patient_id"].tolist() == ["A", "B"]
     assert cohort.table["view"].tolist() == ["PA", "PA"]
     assert (cohort.counts, cohort.settings["notes"]) == ({"not frontal": 2}, [])
+
+
+def test_a_second_name_holds_where_the_first_is_not_there(tmp_path):
+    lines = "path,patient_id,subject_id,view,ViewPosition,Edema", "a.png,p,s,PA,x,1"
+    raw = read_labels(write(tmp_path / "films.csv", *lines)).raw
+    assert (raw["patient_id"].tolist(), raw["view"].tolist()) == (["p"], ["PA"])
+    with pytest.raises(CohortError, match=r"'subject' but none called patient"):
+        read_labels(write(tmp_path / "films.csv", "path,subject,Edema", "a.png,chest,1"))
 
 
 def test_the_notebook_says_what_was_assumed(root):

@@ -238,6 +238,15 @@ def test_what_a_killed_process_left_behind_is_removed(tmp_path):
     assert [p.name for p in sorted(tmp_path.rglob("*"))] == ["model", "keep.txt"]
 
 
+def test_a_step_is_not_given_what_it_would_clear(tmp_path):
+    manifest = Manifest(tmp_path / "run", "smoke")
+    now = {"parameters": {"baseline": str(tmp_path / "run" / "baseline"), "judge": "resnet18"}}
+    with pytest.raises(RunFolderError, match=r"05_evaluate writes baseline there .* copy it out"):
+        manifest.begin("05_evaluate", now | {"code": {}, "inputs": {}})
+    now["parameters"]["baseline"] = "bundled"
+    manifest.begin("05_evaluate", now | {"code": {}, "inputs": {}})
+
+
 @pytest.mark.parametrize(
     "name",
     ["training/arms/x", "baseline/card.json", "studio/001_a.json", "counterfactuals/plan.parquet"],
