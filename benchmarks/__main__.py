@@ -41,8 +41,7 @@ QUICK = ("W0", "W1", "W2", "W3", "W4", "W6", "W9", "W10")
 HEAD = "id | what | peer | target | peer / ours | processor time | gate | ours | of ceiling | GiB"
 WHY = {  # where a target is missed on a CPU: from profiles on one Xeon core with AMX
     "W1": "of 1.16 ms for a small film, enlarging it takes .66 and decoding .31",
-    "W2": "32 files take 8 ms, a gather of 2 MiB .2, of which copying takes .15, and twice that "
-    "where other work came between",
+    "W2": "32 files take 8 ms, a gather of 2 MiB .1, twice that where other work came between",
     "W3": "batches outgrow this processor's cache: here four films in the channels-last layout do "
     "not, and take 26 ms each where one alone takes 42 in the layout of diffusers",
     "W4": "another process on one of the cores: oneDNN's bf16 convolution backward on two threads "
