@@ -128,15 +128,15 @@ def _generated(cohort, plan, folder, device, seed):
 
 
 def _gan_folder(cohort, folder):
+    def digest(gan):
+        return read_json(gan / CARD_FILE)["sha256"] if (gan / CARD_FILE).is_file() else ""
+
     own = Path(folder) / "baseline"
-    cards = [
-        read_json(each / CARD_FILE) if (each / CARD_FILE).is_file() else {"sha256": ""}
-        for each in (own, BUNDLED)
-    ]
-    bundled = cards[0]["sha256"] in ("", cards[1]["sha256"])
-    if bundled and not is_phantom(cohort.image_root):
+    if digest(own) not in ("", digest(BUNDLED)):
+        return own
+    if not is_phantom(cohort.image_root):
         raise AugmentError("the bundled GAN knows phantom films alone")
-    return BUNDLED if bundled else own
+    return BUNDLED
 
 
 def gan_counterfactuals(films, plan, labels, folder=BUNDLED):

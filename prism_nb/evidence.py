@@ -65,12 +65,6 @@ def nested(frame, *keys):
     return found
 
 
-def wide(tidy, metric):
-    """Rows of one metric, as figures.plot_methods takes them: its name, name_low and name_high."""
-    part = tidy[(tidy["metric"] == metric) & tidy["n"].notna()]
-    return part.rename(columns={"mean": metric, "low": f"{metric}_low", "high": f"{metric}_high"})
-
-
 def laid_out(tidy, names, digits=3):
     """Some metrics of table2 as text, "mean (low to high)": rows edit and method, with n.
 

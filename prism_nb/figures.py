@@ -274,6 +274,12 @@ def plot_scores(frame, minimum, ax=None):
     return ax
 
 
+def wide(tidy, metric):
+    """Rows of one metric, as plot_methods takes them: its name, name_low and name_high."""
+    part = tidy[(tidy["metric"] == metric) & tidy["n"].notna()]
+    return part.rename(columns={"mean": metric, "low": f"{metric}_low", "high": f"{metric}_high"})
+
+
 def plot_methods(table, value, title, ax=None):
     """A value and its interval a method and edit; columns method, edit, value, _low, _high, (n)."""
     methods, edits = list(dict.fromkeys(table["method"])), list(dict.fromkeys(table["edit"]))

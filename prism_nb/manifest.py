@@ -124,13 +124,14 @@ class Manifest:
         return (self.folder / name).exists()
 
     def _refuse_own(self, notebook: str, parameters: dict) -> None:
-        for key in sorted(parameters.keys() & {*PATH_KEYS}):
-            path = (project_root() / Path(parameters[key]).expanduser()).resolve()
+        given = {key: parameters[key] for key in PATH_KEYS if key in parameters}
+        for key, value in given.items():
+            path = Path(resolve_path(key, value, project_root())).resolve()
             for name in STEPS[notebook].writes:
-                if parameters[key] and path.is_relative_to(self.folder / name):
+                if value not in NOT_PATHS and path.is_relative_to(self.folder / name):
                     raise RunFolderError(
-                        f"{key} = {parameters[key]!r}: {notebook} writes {name} there and would "
-                        "clear it first; copy it out of the run folder"
+                        f"{key} = {value!r}: {notebook} writes {name} there and would clear it "
+                        "first; copy it out of the run folder"
                     )
 
     def _clear(self, notebook: str, recorded: Iterable[str]) -> None:
