@@ -10,6 +10,7 @@ Used by notebook 01, which writes the cohort into the run folder, and read by 02
 import functools
 import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import product
@@ -20,8 +21,8 @@ import pandas as pd
 
 from prism_nb.columns import CohortError, reject
 from prism_nb.files import atomic_path, read_json, write_json
-from prism_nb.findings import FINDINGS, PAPER_HEADS, PRESENT, resolve_labels
-from prism_nb.images import ImageError, check_image
+from prism_nb.findings import FINDINGS, PAPER_HEADS, PRESENT, known_labels, resolve_labels
+from prism_nb.images import ImageError, check_image, load_films
 from prism_nb.layouts import LAYOUTS, read_labels
 
 VIEWS = ("frontal", "all")
@@ -41,6 +42,11 @@ class Cohort:
     image_root: Path
     settings: dict = field(default_factory=dict)
     counts: dict = field(default_factory=dict)  # filter -> rows it removed
+
+    def films(self, rows: pd.DataFrame | None = None) -> np.ndarray:
+        """Films of some rows of the table, of all by default: uint8 (N, size, size)."""
+        paths = [self.image_root / path for path in (self.table if rows is None else rows)["path"]]
+        return load_films(paths, self.settings["image_size"], self.settings["fit"])
 
 
 def load_cohort(
@@ -336,14 +342,15 @@ def table1(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").astype(int)
 
 
-def cooccurrence(table: pd.DataFrame) -> pd.DataFrame:
-    """Give P(column | row) for each pair of findings: 14 x 14 in [0, 1].
+def cooccurrence(table: pd.DataFrame, names: Iterable = FINDINGS) -> pd.DataFrame:
+    """Give P(column | row) for each pair of findings, or of other columns of labels: in [0, 1].
 
-    Among the films where the row's finding is present and the column's is known, the share where
-    the column's is present too; NaN where there is no such film.
+    Among the films where the row's is present and the column's is known (uncertain is not), the
+    share where the column's is present too; NaN where there is no such film.
     """
-    labels = table[list(FINDINGS)].to_numpy(float, na_value=np.nan)  # (N, 14)
+    names = list(names)
+    labels = known_labels(table, names)  # (N, K)
     present, known = (labels == PRESENT).astype(float), (~np.isnan(labels)).astype(float)
     with np.errstate(invalid="ignore"):
         shares = (present.T @ present) / (present.T @ known)
-    return pd.DataFrame(shares, index=list(FINDINGS), columns=list(FINDINGS))
+    return pd.DataFrame(shares, index=names, columns=names)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from prism_nb.files import one_line
 from prism_nb.findings import invalid_labels
 
 
@@ -28,8 +29,8 @@ def read_table(path, what):
     try:
         table = _read_json(path) if path.suffix in (".json", ".jsonl") else _read_csv(path)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CohortError(f"{path} is not a CSV that can be read ({reason}); repair it.") from None
+        why = f"{path} is not a CSV that can be read ({one_line(error)}); repair it."
+        raise CohortError(why) from None
     except (OSError, EOFError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
         raise CohortError(f"{path} cannot be read ({error}); save it as UTF-8 text.") from None
     table.columns = table.columns.str.strip()

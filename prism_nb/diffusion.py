@@ -22,7 +22,7 @@ from huggingface_hub import is_offline_mode
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from prism_nb.files import atomic_folder, read_json, write_json
+from prism_nb.files import atomic_folder, one_line, read_json, write_json
 from prism_nb.images import sd_to_unit, unit_to_sd
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def _load_part(cls, folder, name, revision, dtype=torch.float32):
     try:
         part = cls.from_pretrained(folder, **options)
     except Exception as error:  # each library has errors of its own for what can be wrong here
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:160]
+        reason = one_line(error)
         hint = "download it once, or give a folder" if is_offline_mode() else "check name, network"
         why = "config and weights must be whole and of one model"
         if not local:

@@ -15,7 +15,7 @@ from prism_nb import geometry, metrics, phantom
 from prism_nb.edits import FLOORS, OWN, load_edit_films, truths
 from prism_nb.findings import PAPER_HEADS
 from prism_nb.ganterfactual import resize, translate
-from prism_nb.images import load_films, uint8_to_unit, unit_to_uint8
+from prism_nb.images import uint8_to_unit, unit_to_uint8
 from prism_nb.judging import HEADS
 
 NOTHING, PERFECT, FILTERED = "do nothing", "perfect editor", f"{OWN}, S_CLIP filter"
@@ -23,6 +23,7 @@ GAN = "GANterfactual"
 NUM = len(PAPER_HEADS)  # the first heads; the others say who it is
 SMALL = 224  # pixels a side at which the paper's baseline was measured
 ABOUT = ("film_id", "patient_id", "edit", "finding")
+JUDGED = ["p_factual", "cpg", "cpg_absolute", "flip", "leakage", "leakage_beyond_truth"]
 _IMAGES = ("l1", "ssim", "sparsity")
 _WITH_TRUTH = ("true_error", "tea_effectiveness", "tea_amplification", "under_edit", "id_ratio")
 _WITH_TRUTH += ("iou_at_area",)
@@ -67,8 +68,7 @@ def collect(cohort, edits, folder, split="test"):
         raise ValueError(f"no edit of a {split} film: raise num_{split}_films in 03_invert")
     table = cohort.table.set_index("film_id")
     _check_plan(table, plan)
-    paths = [cohort.image_root / path for path in table.loc[plan["film_id"], "path"]]
-    factual = load_films(paths, cohort.settings["image_size"], cohort.settings["fit"])
+    factual = cohort.films(table.loc[plan["film_id"]])
     truth, mask = truths(cohort, plan)
     cases = Cases(plan, factual, truth, mask, [], {}, {})
     cases.layers = [
@@ -176,24 +176,20 @@ def _measure(cases, films, after, asked):
 
 
 def _judged(plan, before, after, true=None):
-    """What the judge's probabilities (R, 6) say of a method: metric -> (R,)."""
-    metric = {
-        "p_factual": lambda i, k, _: before[i, k],
-        "cpg": lambda i, k, toward: metrics.cpg(before[i, k], after[i, k], toward),
-        "cpg_absolute": lambda i, k, _: metrics.cpg_absolute(before[i, k], after[i, k]),
-        "flip": lambda i, k, toward: metrics.flip(before[i, k], after[i, k], toward),
-        "leakage": lambda i, k, _: metrics.leakage(before[i, :NUM], after[i, :NUM], k),
-    }
-    if true is not None:
-        metric["leakage_beyond_truth"] = lambda i, k, _: metrics.leakage(
-            before[i, :NUM], after[i, :NUM], k, true[i, :NUM]
-        )
-    found = {name: np.full(len(plan), np.nan) for name in metric}
+    """What the judge's probabilities (R, 6) say of a method: a row an edit, a column a metric."""
+    found = pd.DataFrame(np.nan, range(len(plan)), JUDGED[: len(JUDGED) - (true is None)])
     for finding in set(plan["finding"]) & set(HEADS):
         i, k = np.flatnonzero(plan["finding"] == finding), HEADS.index(finding)
-        for name, values in found.items():
-            values[i] = metric[name](i, k, plan["present"].to_numpy(int)[i])
-    return found | {"identity_shift": metrics.identity_shift(before[:, NUM:], after[:, NUM:])}
+        p, q, toward = before[i], after[i], plan["present"].to_numpy(int)[i]
+        found.loc[i, "p_factual"] = p[:, k]
+        found.loc[i, "cpg"] = metrics.cpg(p[:, k], q[:, k], toward)
+        found.loc[i, "cpg_absolute"] = metrics.cpg_absolute(p[:, k], q[:, k])
+        found.loc[i, "flip"] = metrics.flip(p[:, k], q[:, k], toward)
+        others = [x[:, :NUM] for x in (p, q, *([] if true is None else [true[i]]))]
+        found.loc[i, "leakage"] = metrics.leakage(*others[:2], k)
+        if true is not None:
+            found.loc[i, "leakage_beyond_truth"] = metrics.leakage(*others[:2], k, others[2])
+    return found.assign(identity_shift=metrics.identity_shift(before[:, NUM:], after[:, NUM:]))
 
 
 def _shrunk(cases, films, ask):
@@ -201,7 +197,7 @@ def _shrunk(cases, films, ask):
     side, small = cases.factual.shape[1], [resize(x, SMALL) for x in (cases.factual, films)]
     asked = [ask(resize(x, side)) for x in small]
     l1 = metrics.l1(*(uint8_to_unit(x) for x in small))
-    return {"l1_224": l1, "cpg_224": _judged(cases.plan, *asked)["cpg"]}
+    return {"l1_224": l1, "cpg_224": _judged(cases.plan, *asked)["cpg"].to_numpy()}
 
 
 def _compared(cases, x, x_cf):

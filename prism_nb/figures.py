@@ -234,7 +234,7 @@ def plot_doses(factual, films, doses, response, truth=None, size=1.9):
     change, of which `truth` is the true value; without a truth, of those inside the mask.
     """
     factual, films = _unit(factual), _unit(films)
-    fig = plt.figure(figsize=(size * len(films), size * 3.6))
+    fig = plt.figure(figsize=(size * len(films) + 0.8, size * 3.6))
     grid = fig.add_gridspec(3, len(films), height_ratios=(1, 1, 1.1))
     axes = np.array([[fig.add_subplot(grid[r, d]) for d in range(len(films))] for r in (0, 1)])
     for d, film in enumerate(films):
@@ -244,6 +244,7 @@ def plot_doses(factual, films, doses, response, truth=None, size=1.9):
         _bare(axes[0, d])
         _bare(axes[1, d])
     axes[1, 0].set_ylabel("counterfactual\n- original", fontsize=8)
+    _bar(fig, axes[1, 0].images[0], axes, "difference")
     curve = fig.add_subplot(grid[2, :])
     curve.plot(doses, response, "o-", label="the edit")
     if truth is not None:
@@ -377,10 +378,10 @@ def plot_sweep(levels, size=4.2):
         axes[1].errorbar(x, 100 * rows["mean"], 100 * reach, capsize=2, **look)
     axes[1].axhline(0, **RULE)
     axes[0].set(ylabel="accuracy in the worst group", ylim=(0, 1.02))
-    axes[0].set_title(f"Worst group, n = {part['films'].max():.0f} films a level")
+    axes[0].set_title(f"Worst of four groups, {part['films'].max():.0f} films in all")
     axes[1].set(ylabel="points of accuracy", title="Gain over plain, 95 % interval")
     for ax in axes:
-        ax.set(xlabel="P(device | effusion) in training", xlim=(0.54, 1))
+        ax.set(xlabel="P(device | effusion) as set (arms drawn side by side)", xlim=(0.54, 1))
     _legend(axes[0])
     return axes
 

@@ -95,6 +95,11 @@ def sha256_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def one_line(error: object, most: int = 160) -> str:
+    """The first line of what an error says, or the name of its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
 def plain(value: object) -> object:
     """A copy of `value` in strict JSON's types; non-finite numbers become None."""
     if isinstance(value, dict):

@@ -90,20 +90,15 @@ def check_labels(labels: pd.DataFrame) -> None:
     )
 
 
-def no_finding(labels: dict | pd.Series | pd.DataFrame) -> float | pd.Series:
-    """Say what "No Finding" must be: 1 if no pathology is present or uncertain, else 0.
+def no_finding(labels: dict | pd.Series) -> float:
+    """Say what a film's "No Finding" must be: 1 if no pathology is present or uncertain, else 0.
 
-    labels: one row (dict or Series; returns a float) or a DataFrame (returns a Series).
     Support devices do not count. NaN where not one pathology is known.
     """
-    if not isinstance(labels, pd.DataFrame):
-        row = {name: labels.get(name, np.nan) for name in PATHOLOGIES}
-        return float(no_finding(pd.DataFrame([row], dtype=float)).iloc[0])
-    pathologies = labels.reindex(columns=list(PATHOLOGIES)).to_numpy(float, na_value=np.nan)
-    some = np.isin(pathologies, (PRESENT, UNCERTAIN)).any(axis=1)
-    known = ~np.isnan(pathologies).all(axis=1)
-    values = np.where(some, ABSENT, np.where(known, PRESENT, np.nan))
-    return pd.Series(values.astype(np.float32), index=labels.index, name="No Finding")
+    values = pd.array([labels.get(name, np.nan) for name in PATHOLOGIES], float).to_numpy()
+    if np.isin(values, (PRESENT, UNCERTAIN)).any():
+        return float(ABSENT)
+    return np.nan if np.isnan(values).all() else float(PRESENT)
 
 
 def slug(finding: str) -> str:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from prism_nb.checkpoints import Checkpoints
 from prism_nb.classifiers import fit
-from prism_nb.files import atomic_path, read_json, sha256_file, write_json
+from prism_nb.files import atomic_path, one_line, read_json, sha256_file, write_json
 from prism_nb.findings import finding_from
 from prism_nb.images import load_films, uint8_to_unit, unit_to_uint8
 from prism_nb.networks import (
@@ -409,8 +409,8 @@ def load_gan(folder):
         gan = build_gan(card["size"], card["width"])
         _generators(gan).load_state_dict(load_file(folder / WEIGHTS_FILE))
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise GanError(f"the GAN in {folder} is damaged ({reason}): train it anew.") from None
+        why = f"the GAN in {folder} is damaged ({one_line(error)}): train it anew."
+        raise GanError(why) from None
     return gan.eval(), card
 
 

@@ -69,24 +69,18 @@ def load_film(
             _load(image, path)
         else:
             image = Image.fromarray(unit_to_uint8(_grey(image, path)))
-        return np.array(_resize(image, size, fit))
+        return np.array(resize(image, size, fit))
 
 
-def load_films(
-    paths: Iterable[Path | str], size: int, fit: str = "squash", workers: int = 0
-) -> np.ndarray:
-    """Read many films: uint8 (N, size, size), in the order of paths; workers are threads."""
+def load_films(paths: Iterable[Path | str], size: int, fit: str = "squash") -> np.ndarray:
+    """Read many films: uint8 (N, size, size), in the order of paths."""
     paths = list(paths)
     films = np.empty((len(paths), size, size), dtype=np.uint8)
 
     def read(index):
         films[index] = load_film(paths[index], size, fit)
 
-    if workers <= 1:
-        for index in range(len(paths)):
-            read(index)
-        return films
-    with ThreadPoolExecutor(workers) as pool:  # decoding and resizing release the GIL
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and resizing release the GIL
         list(pool.map(read, range(len(paths))))
     return films
 
@@ -185,8 +179,8 @@ def _full_scale(maximum, info):
     return next((2**bits - 1 for bits in (8, 10, 12, 14) if maximum < 2**bits), 65535)
 
 
-def _resize(image, size, fit):
-    """Resize as fit says: area averaging, then Lanczos; bilinear where films grow. Mode L."""
+def resize(image: Image.Image, size: int, fit: str = "squash") -> Image.Image:
+    """Make a grey image square as fit says: area averages, then Lanczos; bilinear to grow."""
     width, height = image.size
     if fit == "crop":
         side = min(width, height)

@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
+from prism_nb.files import one_line
+
 EXECUTORS = ("local", "slurm")
 DAY, YEAR = 60 * 24, 60 * 24 * 365  # minutes
 
@@ -124,7 +126,7 @@ def _runner(folder, executor, options):
     try:
         runner.update_parameters(**{"name": "prism-nb", "timeout_min": DAY} | options)
     except (NameError, ValueError, AssertionError) as error:  # one for each kind of mistake
-        raise ValueError(f"slurm: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"slurm: {one_line(error)}") from None
     return runner
 
 

@@ -204,9 +204,9 @@ def _encode(model, paths, size, fit, batch_size, dtype, progress):
     """Mean and std, each (B, C, h, w) on the CPU, of some films; the next are read meanwhile."""
     parts = [paths[k : k + batch_size] for k in range(0, len(paths), batch_size)]
     means, stds = [], []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
+    with ThreadPoolExecutor(1) as reader:
         try:
-            for films in readers.map(lambda part: load_films(part, size, fit), parts):
+            for films in reader.map(lambda part: load_films(part, size, fit), parts):
                 mean, std = posterior(model, uint8_to_unit(films))
                 means.append(mean.cpu().to(dtype))
                 stds.append(std.cpu().to(dtype))

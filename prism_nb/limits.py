@@ -19,8 +19,7 @@ from prism_nb.classifiers import load_classifier
 from prism_nb.diffusion import encode_films
 from prism_nb.editing import Edited, edit
 from prism_nb.edits import recorded_dials
-from prism_nb.findings import known_labels
-from prism_nb.images import load_films, uint8_to_unit
+from prism_nb.images import uint8_to_unit
 from prism_nb.inversion import invert
 from prism_nb.judging import asker
 from prism_nb.metrics import tea_effectiveness
@@ -91,18 +90,6 @@ def with_both(table, count):
         raise ValueError("no film shows cardiomegaly and a pacemaker: give 01_caption more films")
     first = pd.DataFrame({"dry": both[EFFUSION] != 1, "seen": both["split"] != "test"})
     return both.loc[first.sort_values(["dry", "seen"], kind="stable").index].head(count)
-
-
-def shares(table, names=ATTRIBUTES):
-    """P(column | row) between attributes, over the films where both are known."""
-    values = pd.DataFrame(known_labels(table, names), columns=list(names))
-    return pd.DataFrame(
-        {
-            column: [values.loc[values[row] == 1, column].mean() for row in names]
-            for column in names
-        },
-        index=list(names),
-    )
 
 
 def held_captions(labels, finding, settings):
@@ -203,13 +190,6 @@ def corner_of(letters):
     third = len(letters) // 3
     left = letters[:, :third].sum() >= letters[:, -third:].sum()
     return slice(third), slice(third) if left else slice(-third, None)
-
-
-def load_unit(cohort, rows):
-    """Films (R, H, W) in [0, 1] of rows of the cohort's table."""
-    paths = [cohort.image_root / path for path in rows["path"]]
-    how = cohort.settings["image_size"], cohort.settings["fit"]
-    return uint8_to_unit(load_films(paths, *how))
 
 
 def _noisy(films, rng):

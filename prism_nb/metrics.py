@@ -131,7 +131,7 @@ def leakage(p_factual, p_counterfactual, head, p_true=None):
     """How much the other heads moved: 0 to 1, lower is better.
 
     p_ (B, K): all heads; head: the edited one's number. With p_true (the true counterfactual's)
-    what the truth moves is free: -1 to 1, and the perfect editor has 0. One head only: NaN.
+    they are to move as the truth moves them: 0 is then the perfect editor's. One head only: NaN.
     """
     before, after = _probabilities(p_factual, p_counterfactual, heads=True)
     others = np.arange(before.shape[1]) != head
@@ -139,11 +139,8 @@ def leakage(p_factual, p_counterfactual, head, p_true=None):
         raise MetricError(f"head is {head!r}; it must be a number from 0 to {len(others) - 1}.")
     if not others.any():
         return np.full(len(before), np.nan)
-    moved = np.abs(after - before)[:, others].mean(axis=1)
-    if p_true is None:
-        return moved
-    true = _probabilities(p_factual, p_true, heads=True)[1]
-    return moved - np.abs(true - before)[:, others].mean(axis=1)
+    wanted = before if p_true is None else _probabilities(p_factual, p_true, heads=True)[1]
+    return np.abs(after - wanted)[:, others].mean(axis=1)
 
 
 def identity_shift(p_factual, p_counterfactual):

@@ -222,7 +222,6 @@ class Classify(WithDevice):
     classifier: Text = _is("test_efficientnet", "timm name; efficientnet_b0 in the paper")
     classifier_weights: Text = _is("", 'start weights: "imagenet", a file, or empty: none')
     classifier_size: Whole = _is(128, "pixels a side that it sees; 0: all", ge=0, le=1024)
-    classifier_epochs: Whole = _is(4, "passes over the training films", ge=1, le=10_000)
     classifier_batch_size: Whole = _is(16, "films a step", ge=1, le=4096)
     classifier_learning_rate: Number = _is(5e-3, "AdamW", gt=0, le=1)
     num_bootstrap: Whole = _is(200, "resamples of the patients", ge=20, le=100_000)
@@ -248,6 +247,7 @@ class Evaluate(Classify):
 class Augment(Classify):
     """06_augment: classifiers trained with counterfactuals."""
 
+    classifier_epochs: Whole = _is(4, "passes over the training films", ge=1, le=10_000)
     arms: Annotated[list[Arm], AfterValidator(_comparable)] = _is(
         ["plain", "duplicates", "counterfactuals", "true_counterfactuals"], "what is compared"
     )
@@ -414,6 +414,8 @@ def allowed(field: typing.Any) -> str:
     if typing.get_origin(field.annotation) is Literal:
         *most, last = typing.get_args(field.annotation)
         return f"{', '.join(most)} or {last}"
+    if items := [x for x in typing.get_args(field.annotation) if typing.get_origin(x) is Literal]:
+        return f"any of {', '.join(typing.get_args(items[0]))}"  # of a list
     if field.annotation is bool:
         return "true or false"
     limits = [(limit, name) for limit in field.metadata for name in LIMITS if hasattr(limit, name)]

@@ -168,10 +168,13 @@ def _predictor(model, edits, cond, guidance_scale, guidance_from, predict):
 
 def _base(model, edits, guidance_from):
     """Embeddings (N or 1, R, L, D) from which guidance starts."""
-    if guidance_from not in GUIDANCE_FROM or (guidance_from == "tuned" and edits.uncond is None):
+    if guidance_from not in GUIDANCE_FROM:
+        known = ", ".join(GUIDANCE_FROM)
+        raise ValueError(f"guidance_from is {guidance_from!r}; it must be one of {known}")
+    if guidance_from == "tuned" and edits.uncond is None:
         raise ValueError(
-            f"guidance_from is {guidance_from!r}; it must be one of {', '.join(GUIDANCE_FROM)} "
-            "(tuned: after null_text only)"
+            "guidance_from is 'tuned', as in the preset prism, and the films were not inverted by "
+            "null_text: invert them so, or give 'source' or 'empty'"
         )
     if guidance_from == "tuned":
         return edits.uncond

@@ -37,6 +37,7 @@ TOKEN_VARIABLE = "PRISM_NB_STEP"  # set by `prism-nb run`: this execution, and n
 PROFILE_VARIABLE = "PRISM_NB_PROFILE"
 ROOT_VARIABLE = "PRISM_NB_ROOT"  # kernels then agree with who started them
 VERSIONS = ("torch", "diffusers", "transformers", "timm", "numpy", "pandas", "scikit-learn")
+MARK = "figure made by prism_nb; films in it may be SYNTHETIC counterfactuals"  # in every PNG
 # Words with a meaning of their own.
 NOT_PATHS = ("", "phantom", "base", "imagenet", "bundled", "train", "none", "clip", "anthropic")
 COHORT = ("cohort.parquet", "cohort.json", "phantom")
@@ -173,10 +174,13 @@ class Run:
         path = self.path(f"figures/{name}.png")
         with atomic_path(path) as partial:
             # No software and no date in the file: equal figures are equal bytes.
-            _figure(drawing).savefig(
-                partial, dpi=150, bbox_inches="tight", metadata={"Software": None}
-            )
+            about = {"Software": None, "Description": MARK}
+            _figure(drawing).savefig(partial, dpi=150, bbox_inches="tight", metadata=about)
         return path
+
+    def recorded(self, *notebooks: str) -> dict:
+        """The parameters that notebooks of this run were run with: notebook -> {name: value}."""
+        return {name: read_json(record_path(self.folder, name))["parameters"] for name in notebooks}
 
     def save_metrics(self, **numbers: object) -> Path:
         """Put numbers under this notebook's name in metrics.json; no timings, please.

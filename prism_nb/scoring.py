@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from prism_nb.diffusion import ModelError, locate
+from prism_nb.files import one_line
 
 # Encoders by a short name: the paper's, and one trained on medical images, chest films among them
 # (gated: its terms are accepted on the hub). Any CLIP or SigLIP of transformers does as well.
@@ -104,9 +105,7 @@ def load_clip(clip_model, base_model, device):
             f"{clip_model} is a {type(clip).__name__}: give a CLIP or SigLIP"
         ) from None
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot load CLIP {clip_model}: {str(error).strip().splitlines()[0][:160]}"
-        ) from error
+        raise ModelError(f"cannot load CLIP {clip_model}: {one_line(error)}") from error
     return ClipScorer(clip.to(device), tokenizer, *_statistics(folder))
 
 

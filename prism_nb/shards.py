@@ -34,6 +34,7 @@ from prism_nb.files import (
     atomic_folder,
     atomic_path,
     locked,
+    one_line,
     read_json,
     sha256_file,
     write_json,
@@ -183,7 +184,7 @@ def _weights(name, parts=("",), revision=""):
     try:  # of what is there already, where the machine is offline
         found = hf_hub_download(str(folder), config.as_posix(), revision=revision or None)
     except OSError as error:
-        raise ModelError(f"cannot look up {folder}: {str(error).splitlines()[0][:160]}") from None
+        raise ModelError(f"cannot look up {folder}: {one_line(error)}") from None
     return Path(found).parents[len(config.parts) - 1].name
 
 

@@ -22,6 +22,7 @@ from prism_nb.attention import explain_alignment
 from prism_nb.captions import PromptError, untrained_words
 from prism_nb.editing import PRESETS
 from prism_nb.edits import change_in_words
+from prism_nb.files import one_line
 from prism_nb.findings import FINDINGS, PRESENT, slug
 from prism_nb.images import unit_to_uint8
 from prism_nb.inversion import METHODS
@@ -343,5 +344,5 @@ def _thumbnail(film, tip, act):
 
 def _line(text, bad=False):
     """One line of HTML, whatever was said; an error without words gets its name."""
-    line = (str(text).strip() or type(text).__name__).splitlines()[0][:400]
-    return f"<span style='color:{'#b00020' if bad else 'inherit'}'>{escape(line)}</span>"
+    line = escape(one_line(text, 400))
+    return f"<span style='color:{'#b00020' if bad else 'inherit'}'>{line}</span>"

@@ -74,13 +74,19 @@ def group_sizes(labels, columns):
     return np.bincount(groups[groups >= 0], minlength=4)
 
 
-def head_accuracies(outcomes, test, heads, name="i.i.d."):
-    """Table 3's numbers: accuracy of each head on a test, one row an arm, seed and head."""
+def head_accuracies(outcomes, test, heads, name="i.i.d.", num_bootstrap=1000, seed=0):
+    """Table 3's numbers: accuracy of each head on a test, one row an arm, seed and head.
+
+    Columns: arm, seed, group (the head), n, accuracy, low, high.
+    """
     rows = []
     for o in outcomes:
-        right = np.nanmean(correct_predictions(test.labels, o.probabilities[name]), axis=0)
-        about = {"arm": o.arm, "seed": o.seed}
-        rows += [about | {"group": h, "accuracy": x} for h, x in zip(heads, right, strict=True)]
+        right = correct_predictions(test.labels, o.probabilities[name])
+        for head, column in zip(heads, right.T, strict=True):
+            known = ~np.isnan(column)
+            found = bootstrap_interval(column[known], test.patients[known], num_bootstrap, seed)
+            row = {"arm": o.arm, "seed": o.seed, "group": head, "n": int(known.sum())}
+            rows.append(row | dict(zip(("accuracy", "low", "high"), found, strict=True)))
     return pd.DataFrame(rows)
 
 
@@ -275,7 +281,7 @@ def _by_seed(outcomes, arm, test):
 def finding_sentence(difference, arm, baseline, where, num_films, seeds=(0.0, 0.0)):
     """Say in one sentence what a paired difference shows, whichever way it came out.
 
-    difference: (mean, low, high), arm minus baseline; where: what was tested ("the worst group");
+    difference: (mean, low, high), arm minus baseline; where: what was tested ("all films");
     seeds: (low, high) over trainings, which the interval, over patients, knows nothing of.
     """
     mean, low, high = (100 * value for value in difference)

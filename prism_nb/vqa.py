@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from prism_nb.captions import PLAIN_FILM, caption
+from prism_nb.files import one_line
 from prism_nb.findings import finding_from
 from prism_nb.images import unit_to_uint8
 from prism_nb.scoring import load_clip
@@ -179,7 +180,7 @@ def _local(name, device):
         model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True)
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise VqaError(f"cannot load {name}: {str(error).strip().splitlines()[0][:160]}") from None
+        raise VqaError(f"cannot load {name}: {one_line(error)}") from None
     if not getattr(processor, "chat_template", None):
         raise VqaError(f"{name} has no chat template: give a model that was trained to converse")
     return ChatBackend(model.eval().to(device), processor)

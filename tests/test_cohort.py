@@ -499,3 +499,7 @@ def test_tables_of_counts():
     assert shares.loc["Pleural Effusion", "Support Devices"] == 0.5  # of the two that are known
     assert shares.loc["Support Devices", "Pleural Effusion"] == 0.5
     assert shares.loc["Edema"].isna().all()
+    table = pd.DataFrame({"heart": [1, 1, 1, 1, 0, np.nan], "fluid": [1, -1, -1, 0, 1, 1]})
+    shares = cooccurrence(table, ["heart", "fluid"])
+    assert shares.loc["heart", "fluid"] == 0.5, "uncertain is not known"
+    assert shares.loc["fluid", "heart"] == 0.5

@@ -34,7 +34,7 @@ def plan(cohort):
 
 @pytest.fixture(scope="module")
 def factual(cohort, plan):
-    return limits.load_unit(cohort, cohort.table.set_index("film_id").loc[plan["film_id"]])
+    return uint8_to_unit(cohort.films(cohort.table.set_index("film_id").loc[plan["film_id"]]))
 
 
 def rendered(cohort, plan, do):
@@ -45,16 +45,6 @@ def rendered(cohort, plan, do):
 
 
 # What goes along
-
-
-def test_shares_are_conditional_and_of_known_films():
-    columns = {limits.HEART: [1, 1, 0, np.nan], limits.EFFUSION: [1, 0, 1, 1]}
-    found = limits.shares(pd.DataFrame(columns), [limits.HEART, limits.EFFUSION])
-    assert found.loc[limits.HEART].to_list() == [1, 0.5]
-    assert found.loc[limits.EFFUSION].to_list() == [0.5, 1]
-    columns = {limits.HEART: [1, 1, 1, 1], limits.EFFUSION: [1, -1, -1, 0]}
-    found = limits.shares(pd.DataFrame(columns), list(columns))
-    assert found.loc[limits.HEART, limits.EFFUSION] == 0.5, "uncertain is not known"
 
 
 def test_films_with_both_are_wet_first_and_then_of_the_test():
@@ -193,7 +183,7 @@ def test_films_are_edited_again_as_the_run_edited_them(tiny_run, model):
 
     cohort, inverted = read_cohort(tiny_run), load_inversion(tiny_run / "inversions")
     chosen = cohort.table.set_index("film_id", drop=False).loc[inverted.film_ids].head(2)
-    films = limits.load_unit(cohort, chosen)
+    films = uint8_to_unit(cohort.films(chosen))
     again = limits.invert_again(model, made(), films, chosen)
     np.testing.assert_allclose(again.noise, inverted.noise[:2], atol=1e-3)
     work = model, made(), again, films, [0, 1], ["chest x-ray", "chest x-ray showing edema"]

@@ -233,6 +233,9 @@ def test_leakage_leaves_out_the_edited_head_and_what_the_truth_moves():
     assert m.leakage(before, after, 0) == pytest.approx([0.15])
     assert m.leakage(before, after, 0, true) == pytest.approx([0.10])
     assert m.leakage(before, true, 0, true) == pytest.approx([0.0])
+    assert m.leakage(before, before, 0, true) == pytest.approx([0.05])  # the truth moves one
+    wrong_way = np.array([[0.1, 0.4, 0.2]])
+    assert m.leakage(before, wrong_way, 0, true) == pytest.approx([0.10])
     assert np.isnan(m.leakage(before[:, :1], after[:, :1], 0)).all()
     with pytest.raises(m.MetricError, match="0 to 2"):
         m.leakage(before, after, 3)

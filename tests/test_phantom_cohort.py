@@ -234,6 +234,10 @@ def test_truth_is_found_again_from_disk(folder):
 
 
 def test_truth_at_another_size_compares_with_the_film_as_it_is_loaded(folder):
+    for size in (32, 128):  # shrunk as load_film does it, or grown
+        film, _ = phantom.true_counterfactual(folder, FIRST, {}, size)
+        path = folder / "train/patient00001/study1/view1_frontal.png"
+        assert np.array_equal(film, load_film(path, size))
     film, mask = phantom.true_counterfactual(folder, FIRST, {"heart_ratio": 0.65}, 32)
     factual = load_film(folder / "train/patient00001/study1/view1_frontal.png", 32)
     assert film.shape == (32, 32)

@@ -29,7 +29,7 @@ from PIL import Image, PngImagePlugin
 
 from prism_nb.files import TEMPORARY, atomic_path, read_json, write_json
 from prism_nb.findings import FINDINGS
-from prism_nb.images import save_png
+from prism_nb.images import resize, save_png
 from prism_nb.phantom.graph import DEVICE_KINDS, SEVERITIES, intervene, sample_patient
 from prism_nb.phantom.renderer import MAX_SIZE, MIN_SIZE, VERSION, render
 
@@ -377,5 +377,4 @@ def balanced_films(folder, num_patients, pair=("Pleural Effusion", "Support Devi
 def _resized(film, size):
     if size in (None, film.shape[0]):
         return film
-    image = Image.fromarray(film)
-    return np.array(image.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0))
+    return np.array(resize(Image.fromarray(film), size))
