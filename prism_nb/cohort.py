@@ -76,7 +76,7 @@ def load_cohort(
     labels = read_labels(csv, layout, extra_csv and Path(extra_csv).expanduser())
     given = _image_root(csv, image_root)
     root = given.resolve()
-    raw = _place(labels.raw, root, labels.layout, given)
+    raw = _place(labels, root, given)
     raw[list(FINDINGS)] = _resolve(raw, labels.blank_columns, uncertain, blank)
     films, counts = raw[raw["reason"] == ""], {}
     if views == "frontal":
@@ -111,11 +111,12 @@ def _resolve(raw, blank_columns, uncertain, blank):
     return resolved
 
 
-def _place(raw, root, layout, given):
+def _place(labels, root, given):
     """Make paths relative to the image root, refuse those that leave it, name the films.
 
     given: the root before links are followed, which absolute paths may start with as well.
     """
+    raw, layout = labels.raw, labels.layout
     for start in (Path(os.path.abspath(given)), root):
         raw["path"] = raw["path"].str.removeprefix(f"{start.as_posix().rstrip('/')}/")
     leaves = "the path leaves the image root:"
@@ -127,9 +128,9 @@ def _place(raw, root, layout, given):
     ):
         reject(raw, mask, reason)
     fine = raw["reason"] == ""
-    find = _find_nih if layout == "nih" else _find_by_prefix
-    raw.loc[fine, "path"] = find(raw.loc[fine, "path"], root)
-    paths = raw.loc[fine, "path"]
+    paths, nih = raw.loc[fine, "path"], layout == "nih"
+    paths = _find_nih(paths, root) if nih else _find_by_prefix(paths, root, labels.notes)
+    raw.loc[fine, "path"] = paths
     first = raw.loc[fine].groupby("path")["row"].transform("first")
     again = paths.index[first != raw.loc[fine, "row"]]
     raw.loc[again, "reason"] = "the same image as in line " + first[again].astype(str) + "."
@@ -149,11 +150,12 @@ def _find_nih(names, root):
     return names.map(where).fillna(names).astype("str")
 
 
-def _find_by_prefix(paths, root, num_probes=50):
+def _find_by_prefix(paths, root, notes, num_probes=50):
     """Drop the leading folders the root lacks or repeats, or put a subfolder of it in front.
 
     Where that finds no file, with another ending: films are handed on converted. The few likeliest
-    ways are tried on a sample; the one that finds most files is used for all.
+    ways are tried on a sample; the one that finds most files is used for all. A subfolder that is
+    put in front is noted; CohortError where two find as many (the masks of films have their names).
     """
     if paths.empty:
         return paths
@@ -165,9 +167,20 @@ def _find_by_prefix(paths, root, num_probes=50):
     subfolders = [""]
     subfolders += [f"{each.name}/" for each in sorted(root.iterdir()) if each.is_dir()][:20]
     for ending, folders in product(ENDINGS, ([""], subfolders)):
-        best = max(product(range(4), folders, [ending]), key=found)  # the first of equals
-        if found(best):
-            return _rebase(paths, *best)
+        counts = {way: found(way) for way in product(range(4), folders, [ending])}
+        most = max(counts.values())
+        if not most:
+            continue
+        best = [way for way, count in counts.items() if count == most]
+        folder, *others = dict.fromkeys(way[1].rstrip("/") for way in best)
+        if others:
+            raise CohortError(
+                f"In {root} both {folder} and {others[0]} hold the films' names; set image_root to "
+                "the one that holds the films."
+            )
+        if folder:
+            notes.append(f"the films are read from {folder}, a folder of the image root")
+        return _rebase(paths, *best[0])  # the first of equals drops least
     return paths
 
 

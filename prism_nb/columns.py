@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from prism_nb.dicom import AGE_UNITS
 from prism_nb.files import one_line
 from prism_nb.findings import invalid_labels
 
@@ -34,6 +35,9 @@ def read_table(path, what):
     except (OSError, EOFError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
         raise CohortError(f"{path} cannot be read ({error}); save it as UTF-8 text.") from None
     table.columns = table.columns.str.strip()
+    double = table.columns[table.columns.duplicated()]
+    if len(double):
+        raise CohortError(f"{path} has two columns {double[0]!r}; keep one of them.")
     table = table.dropna(how="all")
     if table.empty:
         raise CohortError(f"{path} has a header but no rows; a film a row is needed.")
@@ -45,10 +49,14 @@ def _read_csv(path):
     options = {"index_col": False, "skip_blank_lines": False, "encoding": "utf-8-sig"}
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
-        columns = pd.read_csv(path, nrows=0, **options).columns
-        kept = [name for name in columns if not re.match(r"report$|section_", name.strip(), re.I)]
-        chosen = kept if len(kept) < len(columns) else None  # else too long a row is an error
-        return pd.read_csv(path, dtype=str, usecols=chosen, **options)
+        header = pd.read_csv(path, header=None, nrows=1, dtype=str, **options).iloc[0].str.strip()
+        kept = header[~header.str.match(r"report$|section_", case=False, na=False)]
+        # Without usecols too long a row is an error.
+        chosen = list(kept.index) if len(kept) < len(header) else None
+        table = pd.read_csv(path, dtype=str, usecols=chosen, **options)
+    # Names as they are written: pandas calls a second Edema Edema.1.
+    table.columns = np.where(kept.isin(["", np.nan]), table.columns, kept)
+    return table
 
 
 def _read_json(path):
@@ -107,8 +115,10 @@ def _sex(cells):
 
 
 def _age(cells):
-    """Years as a number; NIH's first release writes 061Y."""
-    return pd.to_numeric(cells.str.extract(r"^(\d+(?:\.\d+)?)", expand=False)).astype(float)
+    """Years as a number; NIH's first release writes 061Y and, of children, 013M or 090D."""
+    parts = cells.str.extract(r"^(\d+(?:\.\d+)?)([YMWDymwd]?)")
+    units = parts[1].str.upper().map(AGE_UNITS).fillna(1)
+    return pd.to_numeric(parts[0]).astype(float) / units
 
 
 def _posix(paths):

@@ -24,6 +24,7 @@ from prism_nb.files import atomic_path, plain
 MODALITIES = ("", "CR", "DX", "RG", "OT")  # computed, digital, film; OT: secondary captures
 SUFFIXES = (".dcm", ".dicom", "")
 NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")  # not compressed
+AGE_UNITS = {"Y": 1, "M": 12, "W": 52.18, "D": 365.25}  # how many of each make a year
 SYNTHETIC = "SYNTHETIC counterfactual, made by prism_nb"
 PROVENANCE_CHARACTERS = 10_240  # what an element of type LT holds
 
@@ -212,7 +213,8 @@ def describe_folder(folder: Path | str) -> list[dict]:
     """Describe the DICOM files under a folder, sorted: what is needed of each, and not whose it is.
 
     Rows: path (in the folder), film_id (hash of the SOP Instance UID), patient_id (named after one
-    of the patient's films), Sex, Age ("90" from 90 on), view, reason to reject it ("" = none).
+    of the patient's films), has_patient (False: it has no PatientID, so that a study's films are
+    taken to be a patient's), Sex, Age ("90" from 90 on), view, reason to reject it ("" = none).
     """
     folder, patients, rows = Path(folder), {}, []
     for path in sorted(each for each in folder.rglob("*") if suffix(each) in SUFFIXES):
@@ -242,8 +244,9 @@ def suffix(path: Path) -> str:
 
 
 def _describe(path):
-    """One row of describe_folder, and the patient's own id, which goes no further."""
-    row = {"film_id": _hash(path.as_posix()), "Sex": "", "Age": "", "view": "", "reason": ""}
+    """One row of describe_folder, and the patient's (or study's) id, which goes no further."""
+    row = {"film_id": _hash(path.as_posix()), "has_patient": False}
+    row |= {"Sex": "", "Age": "", "view": "", "reason": ""}
     try:
         dataset = _open(path)
         row["film_id"] = _hash(str(dataset.get("SOPInstanceUID") or path.as_posix()))
@@ -254,16 +257,17 @@ def _describe(path):
         row["Age"] = _years(dataset.get("PatientAge") or "")
     except DicomError as error:
         return row | {"reason": str(error)}, ""
-    return row, f"{dataset.get('PatientID') or ''}"
+    patient = str(dataset.get("PatientID") or "").strip()  # PS3.5 6.2: such spaces say nothing
+    row["has_patient"] = patient != ""
+    return row, patient or str(dataset.get("StudyInstanceUID") or "")
 
 
 def _years(age):
     """Whole years of a DICOM age such as 061Y or 003M; "" if it has none; at most 90."""
     number, unit = age[:-1], age[-1:]
-    years = {"Y": 1, "M": 12, "W": 52, "D": 365}
-    if not number.isdigit() or unit not in years:
+    if not number.isdigit() or unit not in AGE_UNITS:
         return ""
-    return str(min(int(number) // years[unit], 90))
+    return str(min(int(int(number) / AGE_UNITS[unit]), 90))
 
 
 def _hash(text):

@@ -32,12 +32,12 @@ from prism_nb.params import (
 )
 from prism_nb.run import (
     APPENDICES,
-    NOT_PATHS,
     PROFILE_VARIABLE,
     ROOT_VARIABLE,
     STEPS,
     TOKEN_VARIABLE,
     RunFolderError,
+    is_word,
     project_root,
     record_path,
 )
@@ -262,7 +262,7 @@ def _portable(values: dict, folder: Path) -> dict:
     values = dict(values)
     for key in values.keys() & set(PATH_KEYS):
         there = (root / Path(values[key]).expanduser()).exists()
-        if values[key] not in NOT_PATHS and not there and Path(values[key]).exists():
+        if not is_word(key, values[key]) and not there and Path(values[key]).exists():
             values[key] = str(Path(values[key]).absolute())
     inside = folder.is_relative_to(root)
     values["run_dir"] = folder.relative_to(root).as_posix() if inside else str(folder)
@@ -278,7 +278,7 @@ def _setting(text: str) -> tuple[str, object]:
     check_key(key, "--set")
     if key in PATH_KEYS:  # typed in a terminal: a path from the folder where it was typed
         path = expanded(key, value, "--set")
-        return key, str(path.absolute()) if value not in NOT_PATHS and path.exists() else value
+        return key, str(path.absolute()) if not is_word(key, value) and path.exists() else value
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:

@@ -11,13 +11,17 @@ import hashlib
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TEMPORARY = ".partial-"  # a name that starts so was left behind by a killed process
+import psutil
+
+TEMPORARY = ".partial-"  # a name that starts so is being written, or was left by a killed process
 
 
 @contextmanager
@@ -25,7 +29,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path` and rename it into place when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
+    partial = temporary_path(path)
     try:
         yield partial
         _sync(partial)
@@ -39,7 +43,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty temporary folder and put it in the place of `path` when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = _partial(path), _partial(path)
+    partial, old = temporary_path(path), temporary_path(path)
     partial.mkdir()
     try:
         yield partial
@@ -66,6 +70,21 @@ def locked(path: Path | str) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path`, with its suffix, that tells who writes it: see abandoned."""
+    writer = f"{os.getpid()}-{_host()}"
+    return path.with_name(f"{TEMPORARY}{writer}-{uuid.uuid4().hex[:12]}{path.suffix}")
+
+
+def abandoned(name: str) -> bool:
+    """Whether a name is a temporary one whose writer, a process of this machine, is gone."""
+    writer = re.match(rf"{re.escape(TEMPORARY)}(\d+)-([0-9a-f]{{8}})-", name)
+    if not writer:  # names of older versions tell no writer
+        return name.startswith(TEMPORARY)
+    pid, host = writer.groups()
+    return host == _host() and not psutil.pid_exists(int(pid))
 
 
 def write_text(path: Path | str, text: str) -> Path:
@@ -120,8 +139,8 @@ def plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} has no JSON form; give numbers, text, lists or dicts")
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}{path.suffix}")
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _sync(path: Path) -> None:

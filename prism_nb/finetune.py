@@ -45,7 +45,7 @@ from prism_nb.diffusion import (
     token_ids,
     weights_hash,
 )
-from prism_nb.files import atomic_path
+from prism_nb.files import atomic_path, read_json
 from prism_nb.latents import LatentError, encode_cohort, load_latents
 
 NUM_TIMESTEPS = 1000
@@ -388,10 +388,15 @@ def training_key(model, latents, rows, settings):
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-def history(folder):
-    """Loss, gradient norm and learning rate of every step so far, from the newest checkpoint."""
+def history(folder, last_step=None):
+    """Loss, gradient norm and learning rate of every step so far, from the newest checkpoint.
+
+    last_step: of the training that is meant; a longer one may have left checkpoints beyond it.
+    """
     for path in newest_first(folder):
         try:
+            if last_step and read_json(path / "checkpoint.json")["step"] > last_step:
+                continue
             steps = read_state(path)["history"].numpy()
         except DAMAGE:
             continue

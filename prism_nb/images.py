@@ -8,6 +8,7 @@ B batch, H = W = image size. PNG, JPEG and DICOM are opened, never more than max
 Used by notebooks 01 to 06.
 """
 
+import contextlib
 import os
 import struct
 import zlib
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from prism_nb import dicom
 from prism_nb.files import atomic_path
@@ -31,6 +32,7 @@ FULL_SCALE = "Full scale"  # a text chunk: the brightest value that the pixels o
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError)
 _BROKEN += (struct.error, zlib.error)  # everything Pillow raises on a damaged file
+_BROKEN_EXIF = (*_BROKEN, ArithmeticError, AttributeError, LookupError, TypeError)
 
 
 class ImageError(ValueError):
@@ -45,7 +47,8 @@ def load_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read a PNG, JPEG or DICOM file as one grey channel.
 
     Returns float32 (H, W) in [0, 1]. 16-bit files are divided by their full scale: the one they
-    say, else that of the bits they use (10, 12, 14 or 16); alpha is laid over black.
+    say, else that of the bits they use (10, 12, 14 or 16); alpha is laid over black, and what EXIF
+    says is stored turned is turned back.
     Raises ImageError for a missing, damaged, over-large or unsupported file.
     """
     with _open(path, max_pixels) as image:
@@ -149,10 +152,13 @@ def _open_dicom(path, max_pixels, decode):
 
 
 def _load(image, path):
+    """Decode, and turn upright what EXIF says is stored turned."""
     try:
         image.load()
     except _BROKEN as error:
         raise ImageError(f"truncated or damaged ({error}).", path) from None
+    with contextlib.suppress(*_BROKEN_EXIF):  # what cannot be read turns nothing
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _grey(image, path):

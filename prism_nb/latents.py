@@ -28,7 +28,7 @@ from prism_nb.images import ImageError, load_films, uint8_to_unit
 
 SHARD = 1024  # films a file: what a killed encoding loses at most
 STAMPS = ".films.json"  # hidden, so that no time of change counts as a result
-PREPROCESSING = 2  # raise it when images.load_films gives other pixels for the same file
+PREPROCESSING = 3  # raise it when images.load_films gives other pixels for the same file
 # Error of a stored row, relative to a fresh one: beyond rounding, below any change that matters.
 TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.05}  # by what the VAE computes in
 

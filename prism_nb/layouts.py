@@ -170,6 +170,7 @@ def _chexpert_plus(table, csv):
     frontal = table["frontal_lateral"].str.lower() == "frontal"
     view, patient = first_of(table, "ap_pa"), table["deid_patient_id"]
     raw = raw_table(table, table["path_to_image"], patient, view, frontal)
+    reject(raw, patient.isna(), "deid_patient_id is blank.")
     return _with_labels(raw, read_table(found, "file of labels"), found, "path_to_image")
 
 
@@ -327,27 +328,39 @@ def _plain(table, csv):
         other = next((name for name in names if name in table.columns), None)
         if other and ours not in table.columns:
             table = table.rename(columns={other: ours})
-    double = table.columns[table.columns.duplicated()]
-    if len(double):
-        raise CohortError(f"{csv} has two columns that mean {double[0]!r}; keep one of them.")
+    _refuse_double(table.columns, csv)
     _need(table.columns, ["path"], csv, "plain")
     findings = [name for name in FINDINGS if name in table.columns]
     if not findings:
         raise CohortError(f"{csv} has no column that names a finding, such as {FINDINGS[10]!r}.")
     notes = []
     patient, view = first_of(table, "patient"), first_of(table, "view").str.upper()
+    blank = patient.isna()
     if "patient" not in table.columns:
-        patient = table["path"].str.extract(r"(patient\d+)", expand=False)
-        _refuse_to_guess(given if patient.isna().any() else [], csv)
-        notes.append("plain: no patient column; patientNNNNN in the path, else a patient a film")
+        patient = table["path"].str.extract(r"(?i)(?<![a-z])(patient[ _-]?\d+)", expand=False)
+        own, blank = patient.isna(), False
+        _refuse_to_guess(given if own.any() else [], csv)
+        patient = patient.fillna("film_" + table["path"])
+        notes.append(
+            f"plain: no patient column; it is patientNNNNN in the path; {own.sum()} of {len(own)} "
+            "films have none, each taken to be a patient"
+        )
     frontal = view.isna() | view.isin(["PA", "AP", "FRONTAL"])
     if "view" not in table.columns:
-        frontal = ~table["path"].str.contains("lateral", case=False, na=False)
+        lateral = re.compile("(?<![a-z])lateral", re.IGNORECASE)  # bilateral is no view
+        frontal = ~table["path"].str.contains(lateral, na=False)
         notes.append('plain: no view column; a film is frontal unless its path says "lateral"')
-    patient = patient.fillna("film_" + table["path"])
     raw = raw_table(table, table["path"], patient, view, frontal)
+    reject(raw, blank, "patient is blank.")
     _read_columns(raw, table.reindex(columns=list(FINDINGS)))
     return Labels(raw, findings, notes)
+
+
+def _refuse_double(names, csv):
+    """Raise CohortError if two columns have come by the same name."""
+    double = pd.Index(names)[pd.Index(names).duplicated()]
+    if len(double):
+        raise CohortError(f"{csv} has two columns that mean {double[0]!r}; keep one of them.")
 
 
 def _refuse_to_guess(columns, csv):
@@ -380,20 +393,25 @@ def _dicom(folder):
     raw["film_id"] = headers["film_id"]
     reject(raw, headers["reason"] != "", headers["reason"])
     raw[list(FINDINGS)] = np.nan
-    num_blank = (view == "").sum()
-    notes = [f"dicom: {num_blank} files name no view and are taken to be frontal"]
-    return Labels(raw, [], notes if num_blank else [])
+    nameless = ~headers["has_patient"] & (headers["reason"] == "")
+    assumed = {
+        "name no view and are taken to be frontal": (view == "").sum(),
+        "have no PatientID; those of one study are taken to be of one patient": nameless.sum(),
+    }
+    return Labels(raw, [], [f"dicom: {n} files {what}" for what, n in assumed.items() if n])
 
 
 def _fill_from(labels, csv):
     """Lay the finding columns of an extra CSV over the raw table, joined on the layout's key."""
     extra = read_table(csv, "extra CSV")
     key = LAYOUTS[labels.layout].key.split("|")
-    if key == ["path"]:
-        extra = extra.rename(columns={name: _plain_name(name) for name in extra.columns})
+    used = (*key, *FINDINGS)
+    names = {name: _plain_name(name) for name in extra.columns if _plain_name(name) in used}
+    extra = extra.rename(columns=names)
+    findings = [name for name in extra.columns if name in FINDINGS]
+    _refuse_double([name for name in extra.columns if name in used], csv)
     extra = _by_key(extra, key, csv, "extra CSV's")
-    columns = {name: finding_from(name) for name in extra.columns if is_finding(name)}
-    if not columns:
+    if not findings:
         raise CohortError(f"{csv} has no column that names a finding; it would add nothing.")
     raw = labels.raw
     matched = raw["key"].isin(extra.index)
@@ -402,9 +420,9 @@ def _fill_from(labels, csv):
             f"{csv} has no image in common with the labels CSV; compare {', '.join(key)}."
         )
     cells = extra.reindex(raw["key"]).set_axis(raw.index)
-    for name, finding in columns.items():
-        raw[finding] = label_values(cells[name], finding, raw).fillna(raw[finding])
-    said = f"{', '.join(columns.values())} for {matched.sum()} of {len(raw)} rows"
+    for finding in findings:
+        raw[finding] = label_values(cells[finding], finding, raw).fillna(raw[finding])
+    said = f"{', '.join(findings)} for {matched.sum()} of {len(raw)} rows"
     labels.notes.append(f"extra: {said}")
 
 

@@ -3,7 +3,7 @@
 A step is unchanged when its parameters, its code (the notebook's code cells and every module of
 this package that they reach), its inputs and its outputs are what manifest.json says. Code is
 compared as a syntax tree, so comments and layout do not count; files by SHA-256, read again only
-when size or time of change differ; the films of a cohort by size and time.
+when size or time of change differ; films, and what lies beside their CSV, by size and time.
 Used by `prism-nb run` and `prism-nb status`, by no notebook.
 """
 
@@ -16,13 +16,13 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from prism_nb.files import TEMPORARY, plain, read_json, write_json
+from prism_nb.files import TEMPORARY, abandoned, plain, read_json, write_json
 from prism_nb.params import PATH_KEYS, for_notebook, validate
 from prism_nb.run import (
-    NOT_PATHS,
     STEPS,
     RunFolderError,
     files_under,
+    is_word,
     metrics_digest,
     own_outputs,
     project_root,
@@ -34,7 +34,8 @@ from prism_nb.run import (
 PACKAGE = Path(__file__).resolve().parent
 # These carry results and do not make them: a change here leaves every step as it is.
 CARRIERS = ("files", "params", "run", "manifest", "execute", "report", "cli")
-FILMS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
+FILMS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", "")  # "": DICOM often has none
+LABELS = (".csv", ".json", ".gz")  # of some data sets they lie beside the CSV that is given
 
 
 class Manifest:
@@ -128,7 +129,7 @@ class Manifest:
         for key, value in given.items():
             path = Path(resolve_path(key, value, project_root())).resolve()
             for name in STEPS[notebook].writes:
-                if value not in NOT_PATHS and path.is_relative_to(self.folder / name):
+                if not is_word(key, value) and path.is_relative_to(self.folder / name):
                     raise RunFolderError(
                         f"{key} = {value!r}: {notebook} writes {name} there and would clear it "
                         "first; copy it out of the run folder"
@@ -175,25 +176,32 @@ class Manifest:
         for top in {name.split("/")[0] for name in found if "/" in name}:  # one line a folder
             inside = {name: d for name, d in found.items() if name.startswith(f"{top}/")}
             inputs[f"{top}/"] = _digest_of(json.dumps(inside, sort_keys=True))
-        root = project_root()
-        for key, value in given_parameters(notebook, profile).items():
-            if key not in PATH_KEYS or key == "image_root" or value in NOT_PATHS:
+        given, root = given_parameters(notebook, profile), project_root()
+        for key, value in given.items():
+            if key not in PATH_KEYS or key == "image_root" or is_word(key, value):
                 continue
             path = Path(resolve_path(key, value, root))
             if path.exists():
                 inputs[key] = _tree(path) if path.is_dir() else self._digest(str(path))
+        for name in given.get("sweep_runs", []):
+            if name != self.folder.name:
+                inputs[f"sweep_runs: {name}"] = self._level(self.folder.parent / name)
         if profile.get("csv", "phantom") != "phantom":
-            inputs["films"] = self._film_digest(profile, root)
+            csv = Path(resolve_path("csv", profile["csv"], root))
+            own = csv if csv.is_dir() else csv.parent
+            films = Path(resolve_path("image_root", profile.get("image_root", ""), root) or own)
+            self._films = self._films or _tree(films, FILMS)
+            inputs["films"] = self._films
+            if "csv" in given:  # 01, which writes into the cohort where its films are
+                inputs["image_root"] = str(films.resolve())
+                if csv.is_file():
+                    inputs["beside csv"] = _beside(csv)
         return inputs
 
-    def _film_digest(self, profile: dict, root: Path) -> str:
-        if self._films is None:
-            csv = Path(resolve_path("csv", profile["csv"], root))
-            given = profile.get("image_root", "")
-            own, suffixes = (csv, ()) if csv.is_dir() else (csv.parent, FILMS)  # DICOM has none
-            films = Path(resolve_path("image_root", given, root)) if given else own
-            self._films = _tree(films, suffixes)
-        return self._films
+    def _level(self, run: Path) -> str:
+        path = run / "tables" / "differences.csv"
+        done = path.is_file() and record_path(run, "06_augment").is_file()
+        return self._digest(str(path)) if done else ""  # as study.read_levels has it
 
 
 def read_manifest(folder: Path) -> dict:
@@ -246,13 +254,18 @@ def reached_modules(source: str) -> set[Path]:
     return found
 
 
-def leftovers(folder: Path) -> None:
-    """Delete temporary files that a killed process has left in a run folder."""
-    for path in folder.rglob(f"{TEMPORARY}*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def leftovers(folder: Path, alone: bool = False) -> None:
+    """Delete temporary files that killed processes have left in a run folder.
+
+    alone: nobody else writes there now, so that those of other machines' processes go as well.
+    """
+    left = (lambda name: name.startswith(TEMPORARY)) if alone else abandoned
+    for parent, folders, names in os.walk(folder):  # it bears that folders vanish meanwhile
+        for name in filter(left, folders):
+            shutil.rmtree(Path(parent, name))
+        for name in filter(left, names):
+            Path(parent, name).unlink(missing_ok=True)
+        folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
 
 
 @functools.cache  # every notebook of a run reaches the same modules
@@ -299,24 +312,50 @@ def _digest_of(text: str) -> str:
 
 def _tree(folder: Path, suffixes: tuple[str, ...] = ()) -> str:
     """Digest of names, sizes and times of the files below a folder, less hidden ones and runs."""
-    rows = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(n for n in folders if not _passed_over(Path(parent), n))
-        for name in sorted(names):
-            if not name.startswith(".") and (not suffixes or name.lower().endswith(suffixes)):
-                path = os.path.join(parent, name)
-                if os.path.isfile(path):
-                    status = os.stat(path)
-                    rows.append(f"{os.path.relpath(path, folder)} {status.st_size} ")
-                    rows.append(f"{status.st_mtime_ns}\n")
+    rows, linked = [], {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [n for n in sorted(folders) if not _passed_over(Path(parent, n), linked)]
+        paths = [os.path.join(parent, n) for n in sorted(names) if not n.startswith(".")]
+        rows += [_size_and_time(p, folder) for p in paths if not suffixes or _suffix(p) in suffixes]
     return _digest_of("".join(rows))
 
 
-def _passed_over(parent: Path, name: str) -> bool:
+def _passed_over(inside: Path, linked: set[str]) -> bool:
     # Films may lie below the project root; what runs write there is no input of theirs.
-    inside = parent / name
-    written = inside == project_root() / "figures" or (inside / "manifest.json").exists()
-    return name.startswith(".") or written
+    if inside.name.startswith(".") or inside == project_root() / "figures" or _is_run(inside):
+        return True
+    if not inside.is_symlink():
+        return False
+    target = os.path.realpath(inside)
+    again = target in linked  # links may lead round in a circle
+    linked.add(target)
+    return again
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return bool(read_manifest(folder))
+    except (RunFolderError, OSError):  # of that name, and something else
+        return False
+
+
+def _beside(csv: Path) -> str:
+    """Digest of names, sizes and times of what may be further labels that go with a CSV."""
+    paths = [*csv.parent.glob("[!.]*"), *csv.parent.glob("chexbert_labels/[!.]*")]
+    wanted = sorted(str(p) for p in paths if p != csv and _suffix(p.name) in LABELS)
+    return _digest_of("".join(_size_and_time(path, csv.parent) for path in wanted))
+
+
+def _suffix(path: str) -> str:
+    suffix = os.path.splitext(path)[1].lower()
+    return "" if suffix[1:].isdigit() else suffix  # the end of a unique id, such as 1.2.840
+
+
+def _size_and_time(path: str, folder: Path) -> str:
+    if not os.path.isfile(path):
+        return ""
+    status = os.stat(path)
+    return f"{os.path.relpath(path, folder)} {status.st_size} {status.st_mtime_ns}\n"
 
 
 def _changed(old: dict, new: dict) -> str:

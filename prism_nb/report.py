@@ -44,8 +44,8 @@ RESULTS = {  # metrics of Table 2 that are shown first, by the names that a read
 CAPTIONS = {  # what to see; the figures say of how many films
     "01_phantom": "One phantom patient: more and more fluid, a wider and wider heart, one device "
     "after the other. The maps are what each truly changed, exact to the pixel.",
-    "01_prevalence": "The bars of one finding should be about as long: the split by patient does "
-    "not sort them.",
+    "01_prevalence": "The bars of one finding should be about as long, but for chance in few "
+    "films: the split by patient does not sort them.",
     "01_cooccurrence": "Dark cells off the diagonal are findings that go together. A model may "
     "take them for causes: devices go with effusions.",
     "01_films": "Twelve films of the cohort; the caption above each should describe it.",

@@ -38,8 +38,15 @@ PROFILE_VARIABLE = "PRISM_NB_PROFILE"
 ROOT_VARIABLE = "PRISM_NB_ROOT"  # kernels then agree with who started them
 VERSIONS = ("torch", "diffusers", "transformers", "timm", "numpy", "pandas", "scikit-learn")
 MARK = "figure made by prism_nb; films in it may be SYNTHETIC counterfactuals"  # in every PNG
-# Words with a meaning of their own.
-NOT_PATHS = ("", "phantom", "base", "imagenet", "bundled", "train", "none", "clip", "anthropic")
+# Words with a meaning of their own, by the path parameter that has them; see is_word.
+NOT_PATHS = {
+    "csv": ("phantom",),
+    "base_model": ("phantom",),
+    "clip_model": ("base", "openai", "medsiglip"),
+    "classifier_weights": ("imagenet",),
+    "baseline": ("bundled", "train", "none"),
+    "vqa_backend": ("clip", "anthropic"),
+}
 COHORT = ("cohort.parquet", "cohort.json", "phantom")
 
 
@@ -154,6 +161,7 @@ class Run:
         if not path.resolve().is_relative_to(self.folder):
             raise ValueError(f"{name} leaves the run folder; give a name inside {self.folder}")
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._forget_success()
         self._saved.add(Path(name).as_posix())
         return path
 
@@ -187,10 +195,16 @@ class Run:
 
         Under the name TABLES whole tables: a report and a sweep pass over them.
         """
+        self._forget_success()
         self._metrics |= plain(numbers)
         path = self.folder / "metrics.json"
         metrics = read_json(path) if path.exists() else {}
         return write_json(path, metrics | {self.notebook: self._metrics})
+
+    def _forget_success(self) -> None:
+        """Before the first write, remove the record of what is written over from here on."""
+        if not self._saved and not self._metrics:
+            record_path(self.folder, self.notebook).unlink(missing_ok=True)
 
     def finish(self) -> "pandas.DataFrame":
         """Write the step record and return the files written (path, size in bytes)."""
@@ -272,12 +286,17 @@ def project_root() -> Path:
     return here
 
 
+def is_word(key: str, value: str) -> bool:
+    """Whether a path parameter's value is no path but a word; empty text is one for each."""
+    return value in ("", *NOT_PATHS.get(key, ()))
+
+
 def resolve_path(key: str, value: str, root: Path) -> str:
     """Make a path parameter absolute: from the project root, else from the current folder.
 
     Words such as "phantom" and names on the hub (nothing of that name is there) stay as they are.
     """
-    if value in NOT_PATHS:
+    if is_word(key, value):
         return value
     path = Path(value).expanduser()
     for folder in (root, Path.cwd()):

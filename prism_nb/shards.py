@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,13 +31,13 @@ from prism_nb.diffusion import ModelError, encode_films, load_model, locate, pic
 from prism_nb.editing import PRESETS, edit
 from prism_nb.edits import filter_edits, given_dials, parse_edit, plan_edits, recipe, save_edits
 from prism_nb.files import (
-    TEMPORARY,
     atomic_folder,
     atomic_path,
     locked,
     one_line,
     read_json,
     sha256_file,
+    temporary_path,
     write_json,
 )
 from prism_nb.findings import slug
@@ -50,10 +51,12 @@ from prism_nb.scoring import ENCODERS, load_clip
 
 SPLITS = ("train", "val", "test", "all")
 FORMATS = ("png", "png16", "dicom")  # dicom: beside the PNGs, for the notebooks read those
+TUNED = ("unet", "text_encoder")  # of a run's model
 FROZEN = ("vae", "text_encoder", "tokenizer")  # of a base model
 FILMS = ("image_size", "fit", "template", "negatives")  # of a cohort: how it is read, and worded
 WRITTEN = ("edits.parquet", "rejected.csv", "plan.parquet", "parts")  # besides request.json
 REJECTED = ["film_id", "reason"]
+FILM_DIGITS = 8  # at the end of a part's name: what its films' files hold
 SOURCES = ("model", "frozen", "cohort", "code")  # of a request: what is no setting of a call
 PRIVATE = ["film_id", "patient_id", "split", "path", "mask_path"]  # what a film does not tell
 
@@ -94,7 +97,7 @@ def edit_cohort(
         if not free:
             raise ValueError(f"{out} is in use by another edit-cohort: wait for its end")
         _refuse_running(out)
-        leftovers(out)
+        leftovers(out, alone=True)
         shutil.rmtree(out / ".jobs", ignore_errors=True)  # what waits in a queue may not start
         (out / "edits.parquet").unlink(missing_ok=True)  # with it, the folder counts as finished
         write_json(out / "request.json", request)
@@ -112,7 +115,9 @@ def _tidy(parts, keys, made_from):
     """Remove parts that no call makes any more, and say what stays beside a plan's own."""
     others = {file.parent for file in parts.glob("[!.]*/rejected.csv")}
     others = [part for part in others if part.name not in keys]
+    films = {key[:-FILM_DIGITS] for key in keys}  # which have changed, where the rest is equal
     old = [part for part in others if not part.name.startswith(made_from)]
+    old += [part for part in others if part.name[:-FILM_DIGITS] in films]
     for part in old:
         _remove(part)
     if old:
@@ -123,7 +128,7 @@ def _tidy(parts, keys, made_from):
 
 def _remove(part):
     """Remove a part whole: what a kill leaves of it is cleared by the next call."""
-    shutil.rmtree(part.replace(part.with_name(TEMPORARY + part.name)))
+    shutil.rmtree(part.replace(temporary_path(part)))
 
 
 def _refuse_running(out):
@@ -161,7 +166,7 @@ def read_request(run, split="test", settings=None, format="png"):
         "dials": given_dials(p),
         "split": split,
         "format": format,
-        "model": _weights(run / "model", ("unet", "text_encoder")),
+        "model": _weights(run / "model", TUNED),
         "frozen": _weights(base["base_model"], (*FROZEN, "clip"), base["revision"]),
         "judge": None if clip == "base" else _weights(ENCODERS.get(clip, clip)),
         "cohort": [sha256_file(run / "cohort.parquet"), *(films[name] for name in FILMS)],
@@ -213,9 +218,26 @@ def plan_batches(run, request, max_films=0):
     plan = plan.sort_values("place", kind="stable", ignore_index=True)
     plan["id"] = plan["film_id"] + "/" + plan["edit"].map(slug)
     number = plan.pop("place") // request["edit_batch_size"]
-    made = _made_from(request)
-    keys = {n: made + _digest([request, *ids])[:24] for n, ids in plan["id"].groupby(number)}
+    made, content = _made_from(request), _contents(cohort, place)
+
+    def name(part):
+        films = _digest([content[film] for film in part["film_id"].unique()])
+        return made + _digest([request, *part["id"]])[:16] + films[:FILM_DIGITS]
+
+    keys = {n: name(part) for n, part in plan.groupby(number)}
     return plan.assign(batch=number.map(keys)).drop(columns="row")
+
+
+def _contents(cohort, films):
+    """Digest of each film's file, None where there is none to be read."""
+    paths = cohort.table.set_index("film_id").loc[list(films), "path"]
+
+    def digest(path):
+        with suppress(OSError):
+            return sha256_file(cohort.image_root / path)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers:
+        return dict(zip(films, readers.map(digest, paths), strict=True))
 
 
 def _made_from(request):
@@ -254,6 +276,8 @@ def load_tools(run, request, shard=0):
         device = f"cuda:{shard % torch.cuda.device_count()}"
     model = load_model(str(run / "model"), device=device, precision=request["precision"])
     clip = load_clip(resolve_clip(request["clip_model"]), model.base_model, model.device)
+    if _weights(run / "model", TUNED) != request["model"]:  # a job may have waited for days
+        raise ModelError(f"the model in {run} was replaced meanwhile: give the command again")
     return request, read_cohort(run), model, clip
 
 

@@ -8,7 +8,6 @@ Used by notebook 06.
 """
 
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +17,18 @@ import pandas as pd
 from prism_nb import phantom
 from prism_nb.arms import AugmentError, group_of
 from prism_nb.classifiers import score_heads
-from prism_nb.findings import slug
 from prism_nb.metrics import bootstrap_interval, patient_codes, percentile_bounds, resample_patients
 
 LEVEL_FILE = "tables/differences.csv"
+RECORD = "steps/06_augment.json"  # of a run whose notebook 06 has finished
 MEASURES = ("accuracy", "auroc", "ece")
 NO_LINK = 0.58  # P(device | effusion) below this: devices tell nothing of effusions
+GROUPS = (  # in the order of group_of
+    "no pleural effusion, no support devices",
+    "no pleural effusion, support devices",
+    "pleural effusion, no support devices",
+    "pleural effusion, support devices",
+)
 DEVICE_ALONE, EFFUSION_ALONE = 1, 2  # the groups in which the shortcut misleads; see group_of
 
 
@@ -90,44 +95,22 @@ def head_accuracies(outcomes, test, heads, name="i.i.d.", num_bootstrap=1000, se
     return pd.DataFrame(rows)
 
 
-def group_scores(
-    labels,
-    probabilities,
-    heads,
-    by=("Pleural Effusion", "Support Devices"),
-    target="Pleural Effusion",
-    patients=None,
-    num_bootstrap=1000,
-    seed=0,
-):
-    """Accuracy of one head in every group of two or more labels: one row a group.
+def group_scores(labels, probabilities, columns, patients, num_bootstrap=1000, seed=0):
+    """Accuracy of the target's head in each of the four groups: group, n, accuracy, low, high.
 
-    labels, probabilities (N, K) with K heads. Columns: one a label of `by` (its slug, 0 or 1),
-    group (in words), n, accuracy, low, high (NaN without patients (N,)). A group without films
-    has n = 0 and NaN; films with a missing label of `by` or of the target are in none.
+    labels, probabilities (N, K); columns: as for group_of, the target first. A group without films
+    has n = 0 and NaN.
     """
-    labels, heads = np.asarray(labels, dtype=float), list(heads)
-    for name in (*by, target):
-        if name not in heads:
-            raise AugmentError(f"{name} is no head; the classifier has {', '.join(heads)}.")
-    column = heads.index(target)
-    correct = correct_predictions(labels, probabilities)[:, column]
-    known = ~np.isnan(correct)
+    right, groups = correct_predictions(labels, probabilities), group_of(labels, columns)
     rows = []
-    for values in product((0, 1), repeat=len(by)):
-        wanted = zip(by, values, strict=True)
-        inside = known & np.all([labels[:, heads.index(name)] == v for name, v in wanted], axis=0)
-        who = np.arange(inside.sum()) if patients is None else np.asarray(patients)[inside]
-        draws = 0 if patients is None else num_bootstrap
-        accuracy, low, high = bootstrap_interval(correct[inside], who, draws, seed)
-        row = {slug(name): value for name, value in zip(by, values, strict=True)}
-        row |= {"group": _group_name(by, values), "n": int(inside.sum())}
-        rows.append(row | {"accuracy": accuracy, "low": low, "high": high})
+    for group, name in enumerate(GROUPS):
+        own = groups == group
+        found = bootstrap_interval(
+            right[own, columns[0]], np.asarray(patients)[own], num_bootstrap, seed
+        )
+        row = {"group": name, "n": int(own.sum())}
+        rows.append(row | dict(zip(("accuracy", "low", "high"), found, strict=True)))
     return pd.DataFrame(rows)
-
-
-def _group_name(by, values):
-    return ", ".join(f"{'' if v else 'no '}{n.lower()}" for n, v in zip(by, values, strict=True))
 
 
 def score_outcome(outcome, tests, columns):
@@ -308,9 +291,10 @@ def finding_sentence(difference, arm, baseline, where, num_films, seeds=(0.0, 0.
 
 def read_levels(folders):
     """Differences of finished runs, which hold their own level: (table, folders without any)."""
-    paths = [Path(folder) / LEVEL_FILE for folder in folders]
-    tables = [pd.read_csv(path) for path in paths if path.is_file()]
-    missing = [path.parent.parent.name for path in paths if not path.is_file()]
+    folders = [Path(folder) for folder in folders]
+    done = [f for f in folders if (f / LEVEL_FILE).is_file() and (f / RECORD).is_file()]
+    tables = [pd.read_csv(f / LEVEL_FILE) for f in done]
+    missing = [f.name for f in folders if f not in done]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), missing
 
 

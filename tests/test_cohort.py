@@ -115,6 +115,23 @@ def test_any_dataset_folder_in_front(tmp_path, place):
     assert table["film_id"][0] == "patient00003_study1_view1_frontal"
 
 
+def test_folders_that_hold_films_of_the_same_names_are_not_guessed_between(tmp_path):
+    (tmp_path / "films.csv").write_text("path,patient,view,edema\na.png,p,PA,1\nb.png,q,PA,0\n")
+    for folder in ("annotations", "images"):
+        for name in ("a.png", "b.png"):
+            save_png(tmp_path / folder / name, GREY)
+    with pytest.raises(CohortError, match="both annotations and images hold") as e:
+        load_cohort(tmp_path / "films.csv")
+    assert "; set image_root to" in str(e.value)
+    cohort = load_cohort(tmp_path / "films.csv", tmp_path / "images")
+    assert (len(cohort.table), cohort.settings["notes"]) == (2, [])
+    (tmp_path / "annotations/b.png").unlink()  # the folder that holds more is it, and is named
+    cohort = load_cohort(tmp_path / "films.csv")
+    assert cohort.table["path"].tolist() == ["images/a.png", "images/b.png"]
+    note = "the films are read from images, a folder of the image root"
+    assert cohort.settings["notes"] == [note]
+
+
 def test_absolute_paths_inside_the_root_are_taken(tmp_path):
     save_png(tmp_path / "a.png", GREY)
     csv = tmp_path / "films.csv"
@@ -197,6 +214,7 @@ def test_extra_csv(tmp_path):
         ("Image Index,device\n00000001_000.png,1\n", "no column that names a finding"),
         ("Image Index,edema\nx.png,1\n", "no image in common"),
         ("Image Index,edema\n00000001_000.png,1\n00000001_000.png,0\n", "twice"),
+        ("Image Index,Edema,edema\n00000001_000.png,1,0\n", "two columns that mean 'Edema'"),
     ],
 )
 def test_extra_csv_refusals(tmp_path, text, message):
@@ -205,6 +223,22 @@ def test_extra_csv_refusals(tmp_path, text, message):
         load_cohort(write_nih(tmp_path), extra_csv=tmp_path / "extra.csv")
     with pytest.raises(CohortError, match="There is no extra CSV at"):
         load_cohort(tmp_path / "Data_Entry.csv", extra_csv=tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("header", "double"),
+    [("path,Pleural Effusion,pleural_effusion", "Pleural Effusion"), ("Path,path,edema", "path")],
+)
+def test_an_extra_csv_with_two_columns_of_one_meaning(tmp_path, header, double):
+    (tmp_path / "films.csv").write_text("path,patient,edema\na.png,p,1\n")
+    (tmp_path / "extra.csv").write_text(f"{header}\na.png,1,0\n")
+    with pytest.raises(CohortError, match=rf"extra\.csv has two columns that mean '{double}'"):
+        load_cohort(tmp_path / "films.csv", extra_csv=tmp_path / "extra.csv", check_images=False)
+    (tmp_path / "extra.csv").write_text("path,Sex,gender,Pleural Effusion\na.png,F,F,1\n")
+    cohort = load_cohort(
+        tmp_path / "films.csv", extra_csv=tmp_path / "extra.csv", check_images=False
+    )
+    assert cohort.table["Pleural Effusion"].tolist() == [1]  # two that are not read do no harm
 
 
 def test_nih_label_that_does_not_exist(tmp_path):

@@ -328,6 +328,21 @@ def test_a_folder_is_described_without_whose_it_is(tmp_path):
     assert moved["film_id"] == rows["x/c.DICOM"]["film_id"]
 
 
+def test_without_a_patients_id_the_films_of_a_study_are_of_one_patient(tmp_path):
+    studies = [uid.generate_uid() for _ in range(2)]
+    for name, study in zip("abc", [studies[0], studies[0], studies[1]], strict=True):
+        write(tmp_path / f"{name}.dcm", PatientID=" ", StudyInstanceUID=study)
+    write(tmp_path / "d.dcm", PatientID="")
+    for name, patient in zip("ef", ("P1", " P1 "), strict=True):  # each of its own study
+        write(tmp_path / f"{name}.dcm", PatientID=patient, StudyInstanceUID=uid.generate_uid())
+    rows = describe_folder(tmp_path)
+    a, b, c, d, e, f = (row["patient_id"] for row in rows)
+    assert (a, e) == (b, f)
+    assert len({a, c, d, e}) == 4
+    assert [row["has_patient"] for row in rows] == [False] * 4 + [True] * 2
+    assert not any(study in str(rows) for study in studies)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="no file that opens and cannot be read")
 def test_a_file_that_cannot_be_read_is_one_rejected_row(tmp_path):
     write(tmp_path / "a.dcm")

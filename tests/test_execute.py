@@ -19,8 +19,16 @@ import pytest
 from typer.testing import CliRunner
 
 from prism_nb.cli import app
-from prism_nb.execute import Progress, StepFailed, chosen_steps, prepare, run_job, states
-from prism_nb.files import locked, read_json, write_text
+from prism_nb.execute import (
+    Progress,
+    StepFailed,
+    _portable,
+    chosen_steps,
+    prepare,
+    run_job,
+    states,
+)
+from prism_nb.files import atomic_folder, locked, read_json, write_text
 from prism_nb.params import ParamError, ProfileError
 from prism_nb.run import RunFolderError, record_path
 
@@ -271,6 +279,24 @@ def test_a_kernel_that_does_not_start_is_a_failed_step(road, tmp_path, monkeypat
 def test_a_run_folder_in_use_is_refused(road, done):
     with locked(done / ".lock"), pytest.raises(RunFolderError, match="is in use by another run"):
         go(road)
+
+
+def test_what_others_write_in_the_run_folder_meanwhile_is_left_alone(road, done):
+    with atomic_folder(done / "counterfactuals" / "parts" / "a") as partial:
+        write_text(partial / "film.png", "half of a batch")
+        assert go(road) == []
+    assert (done / "counterfactuals" / "parts" / "a" / "film.png").exists()
+
+
+def test_a_path_that_is_another_parameters_word_is_a_path(road, tmp_path, monkeypatch):
+    (tmp_path / "train").mkdir()
+    monkeypatch.chdir(tmp_path)
+    job = prepare(road / "mine.yaml", settings=("image_root=train", "baseline=train"))
+    assert job.values["image_root"] == str(tmp_path / "train")
+    assert job.values["baseline"] == "train"
+    values = _portable({"image_root": "train", "baseline": "train"}, tmp_path)
+    assert values["image_root"] == str(tmp_path / "train")
+    assert values["baseline"] == "train"
 
 
 def test_a_run_folder_of_another_profile_is_refused(road, done):

@@ -1,6 +1,8 @@
 """Whole files or none."""
 
 import json
+import os
+import platform
 import resource
 import subprocess
 import sys
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 
 from prism_nb.files import (
+    TEMPORARY,
+    abandoned,
     atomic_folder,
     atomic_path,
     locked,
@@ -35,6 +39,21 @@ def test_the_temporary_file_is_hidden_beside_the_target_with_its_suffix(tmp_path
         assert partial.name.startswith(".")
         np.savez(partial, a=np.zeros(2))
     assert np.load(tmp_path / "x.npz")["a"].shape == (2,)
+
+
+def test_a_temporary_name_says_whether_its_writer_is_gone(tmp_path, monkeypatch):
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    with atomic_path(tmp_path / "x.safetensors") as partial:
+        partial.touch()
+        name = partial.name
+    gone = name.replace(f"-{os.getpid()}-", f"-{int(done.stdout)}-")
+    assert len(name) < 50
+    assert not abandoned(name)
+    assert abandoned(gone)
+    assert abandoned(f"{TEMPORARY}0123456789ab.npz")  # of an older version
+    assert not abandoned("x.npz")
+    monkeypatch.setattr(platform, "node", lambda: "another machine")
+    assert not abandoned(gone)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

@@ -396,6 +396,14 @@ def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, caplog, damage):
     assert torch.equal(again, whole)
 
 
+def test_the_history_of_a_shorter_training_is_its_own(train, tmp_path):
+    train(tmp_path, num_train_steps=4, checkpoint_every=2)
+    train(tmp_path, num_train_steps=2, checkpoint_every=2)
+    assert list(history(tmp_path, 2)["step"]) == [0, 1]
+    assert list(history(tmp_path, 3)["step"]) == [0, 1]
+    assert list(history(tmp_path)["step"]) == [0, 1, 2, 3]
+
+
 def test_without_a_whole_checkpoint_there_is_no_history(tmp_path):
     with pytest.raises(FileNotFoundError, match="run finetune with this folder first"):
         history(tmp_path)

@@ -100,6 +100,38 @@ def test_fits(tmp_path):
         load_film(tmp_path / "film.png", 10, "stretch")
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["grey.png", "grey.jpg", "colour.jpg", "palette.png", "deep.png"])
+def test_films_stored_turned_are_upright(tmp_path, name, orientation):
+    upright = np.zeros((64, 32), np.uint8)
+    upright[:16, :16] = 240  # a corner: each of the eight ways shows another film
+    back = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}[orientation]
+    way = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(back)  # EXIF's number -> Pillow's
+    stored = Image.fromarray(upright)
+    stored = stored if way is None else stored.transpose(Image.Transpose(way))
+    if name.startswith("deep"):
+        stored = Image.fromarray(np.asarray(stored).astype(np.uint16) * 257)
+    mode = {"colour.jpg": "RGB", "palette.png": "P"}.get(name)
+    stored = stored.convert(mode) if mode else stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / name, exif=exif)
+    np.testing.assert_allclose(load_image(tmp_path / name), upright / 255, atol=0.05)
+    expected = np.asarray(Image.fromarray(upright).resize((16, 16), Image.Resampling.BOX))
+    film = load_film(tmp_path / name, 16).astype(int)
+    assert np.abs(film - expected).max() < 30
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_turns_nothing(tmp_path, ramp):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for data in (b"Exif\0\0nothing", exif.tobytes()[:-9], b"Exif\0\0MM\0*\xff\xff\xff\xff"):
+        Image.fromarray(ramp).save(tmp_path / "film.png", exif=data)
+        images.check_image(tmp_path / "film.png")
+        np.testing.assert_array_equal(load_film(tmp_path / "film.png", 16), ramp)
+
+
 def test_extreme_shapes_do_not_vanish(tmp_path):
     Image.fromarray(np.full((1, 500), 99, np.uint8)).save(tmp_path / "film.png")
     for fit in images.FITS:

@@ -132,7 +132,16 @@ def test_chexpert_plus(tmp_path):
     assert table["Age"].tolist() == [61, 61]
     assert cohort.rejected["reason"].tolist() == ["no labels for it in impression_fixed.json."]
     note = "impression_fixed.json: 1 of 4 rows of labels match no film"
-    assert cohort.settings["notes"] == [note]
+    where = "the films are read from PNG, a folder of the image root"
+    assert cohort.settings["notes"] == [note, where]
+
+
+def test_chexpert_plus_rejects_films_whose_patient_is_blank(tmp_path):
+    csv = plus(tmp_path)
+    csv.write_text(csv.read_text().replace(",patient7,", ",,"))
+    cohort = load_cohort(csv, check_images=False)
+    assert cohort.table["patient_id"].tolist() == ["patient42142"]
+    assert cohort.rejected["reason"][0] == "deid_patient_id is blank."
 
 
 def test_chexpert_plus_without_its_labels(tmp_path):
@@ -383,6 +392,78 @@ def test_plain_knows_patients_and_views_by_their_usual_names(tmp_path, patient, 
     assert (cohort.counts, cohort.settings["notes"]) == ({"not frontal": 2}, [])
 
 
+def test_plain_rejects_films_whose_patient_is_blank(tmp_path):
+    lines = "path,PatientID,Edema", "a.png,p,1", "b.png, ,0", "c.png,,0"
+    csv = write(tmp_path / "films.csv", *lines)
+    cohort = load_cohort(csv, check_images=False)
+    assert cohort.table["patient_id"].tolist() == ["p"]
+    assert cohort.rejected["row"].tolist() == [3, 4]
+    assert set(cohort.rejected["reason"]) == {"patient is blank."}
+
+
+def test_plain_finds_patients_in_paths_and_counts_those_without(tmp_path):
+    names = {
+        "x/Patient001/a.png": "Patient001",
+        "x\\Patient001\\b.png": "Patient001",
+        "patient_002/a.png": "patient_002",
+        "PATIENT-3/a.png": "PATIENT-3",
+        "patient 4.png": "patient 4",
+        "train_patient00005_view1.png": "patient00005",
+        "outpatient6/a.png": "film_outpatient6/a.png",
+        "b.png": "film_b.png",
+    }
+    csv = write(tmp_path / "films.csv", "path,Edema", *(f"{name},1" for name in names))
+    labels = read_labels(csv)
+    assert labels.raw["patient_id"].tolist() == list(names.values())
+    note = "plain: no patient column; it is patientNNNNN in the path; 2 of 8 films have none"
+    assert labels.notes[0] == f"{note}, each taken to be a patient"
+
+
+@pytest.mark.parametrize(
+    ("path", "frontal"),
+    [
+        ("bilateral/a.png", True),
+        ("x/Unilateral/contralateral.png", True),
+        ("a/view2_lateral.png", False),
+        ("LATERAL.png", False),
+        ("Lateral/a.png", False),
+    ],
+)
+def test_plain_reads_lateral_as_a_word(tmp_path, path, frontal):
+    csv = write(tmp_path / "films.csv", "path,patient,Edema", f"{path},p,1")
+    assert read_labels(csv).raw["frontal"].tolist() == [frontal]
+
+
+def test_ages_in_other_units_than_years(tmp_path):
+    ages = ["090D", "013M", "052w", "061Y", "61", "61.5", "61 years", "8 months", ""]
+    rows = [f"{i}.png,p,{age},1" for i, age in enumerate(ages)]
+    raw = read_labels(write(tmp_path / "films.csv", "path,patient,age,Edema", *rows)).raw
+    expected = [90 / 365.25, 13 / 12, 52 / 52.18, 61, 61, 61.5, 61, 8, np.nan]
+    np.testing.assert_allclose(raw["Age"], expected)
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("path,patient,Edema,Edema", "a.png,p,1,0"),
+        ("path,patient,Edema, Edema", "a.png,p,1,0"),
+        (f"Path, Path,Sex,Age,Frontal/Lateral,AP/PA,{LABELS}", f"a,b,F,3,Frontal,AP,{cells()}"),
+        ("path,path,report,Edema", "a.png,a.png,none,1"),
+    ],
+)
+def test_a_column_that_is_there_twice_is_refused(tmp_path, header, row):
+    csv = write(tmp_path / "films.csv", header, row)
+    with pytest.raises(CohortError, match=r"has two columns '(Edema|[Pp]ath)'; keep one") as e:
+        read_labels(csv)
+    assert "\n" not in str(e.value)
+
+
+def test_columns_that_look_like_a_second_one_are_fine(tmp_path):
+    lines = ",path,patient,,Edema.1,Edema,report,report, ,", "0,a.png,p,,x,1,a,b,,"
+    raw = read_labels(write(tmp_path / "films.csv", *lines)).raw
+    assert raw["Edema"].tolist() == [1]
+
+
 def test_a_second_name_holds_where_the_first_is_not_there(tmp_path):
     lines = "path,patient_id,subject_id,view,ViewPosition,Edema", "a.png,p,s,PA,x,1"
     raw = read_labels(write(tmp_path / "films.csv", *lines)).raw
@@ -440,6 +521,16 @@ def test_a_folder_of_dicom(tmp_path):
     extra = write(tmp_path / "labels.csv", "PATH,pleural_effusion", "DOE/1.dcm,1", "ROE/1,-1")
     labelled = load_cohort(tmp_path / "in", extra_csv=extra).table
     assert labelled["Pleural Effusion"].tolist() == [1, 1]
+    assert cohort.settings["notes"] == [
+        "dicom: 2 files name no view and are taken to be frontal"  # a rejected one is among them
+    ]
+    for name in ("1", "2"):
+        write_dicom(tmp_path / f"nameless/{name}.dcm", PatientID="", StudyInstanceUID="1.2.3")
+    write_dicom(tmp_path / "nameless/ct.dcm", PatientID="", Modality="CT")
+    nameless = load_cohort(tmp_path / "nameless")
+    assert nameless.table["patient_id"].nunique() == 1
+    note = "dicom: 2 files have no PatientID; those of one study are taken to be of one patient"
+    assert note in nameless.settings["notes"]
     (tmp_path / "none").mkdir()
     with pytest.raises(CohortError, match="no DICOM file in"):
         load_cohort(tmp_path / "none")

@@ -1,11 +1,14 @@
 """What counts as changed, and what may be deleted."""
 
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 
 from prism_nb import manifest
-from prism_nb.files import write_json, write_text
+from prism_nb.files import atomic_folder, atomic_path, write_json, write_text
 from prism_nb.manifest import Manifest, code_cells, leftovers, reached_modules
 from prism_nb.run import Run, RunFolderError, record_path
 
@@ -123,7 +126,7 @@ def test_films_count_by_size_and_time_and_labels_by_content(folder, tmp_path, ma
 
     before = inputs()
     write_text(films / "notes.txt", "no film")
-    write_text(films / "runs" / "manifest.json", "{}")
+    write_json(films / "runs" / "manifest.json", {"steps": {"01_caption": {}}})
     write_text(films / "runs" / "figures" / "01_x.png", "what a run draws")
     os.utime(labels, (1, 1))
     assert inputs() == before
@@ -147,6 +150,87 @@ def test_a_folder_of_dicom_is_its_own_films(folder, tmp_path, make_notebook):
     assert inputs() == before
     os.utime(film, (1, 1))
     assert manifest._changed(before, inputs()) == "films"
+
+
+@pytest.mark.parametrize(
+    ("csv", "other"),
+    [
+        ("mimic-cxr-2.0.0-metadata.csv", "mimic-cxr-2.0.0-chexpert.csv.gz"),
+        ("mimic-cxr-2.0.0-chexpert.csv", "mimic-cxr-2.0.0-metadata.csv"),
+        ("df_chexpert_plus.csv", "impression_fixed.json"),
+        ("df_chexpert_plus.csv", "chexbert_labels/impression_fixed.json"),
+    ],
+)
+def test_labels_that_lie_beside_the_csv_count(folder, tmp_path, make_notebook, csv, other):
+    labels, beside = tmp_path / "data" / csv, tmp_path / "data" / other
+    write_text(labels, "x\n")
+    write_text(beside, "0")
+    films = tmp_path / "elsewhere"
+    films.mkdir()
+    given = {"csv": str(labels), "image_root": str(films)}
+    before = inputs_of(folder, make_notebook, given)
+    os.utime(labels, (1, 1))  # which counts by its content
+    assert inputs_of(folder, make_notebook, given) == before
+    write_text(beside, "1")
+    assert manifest._changed(before, inputs_of(folder, make_notebook, given)) == "beside csv"
+    assert "beside csv" not in inputs_of(folder, make_notebook, given, "05_evaluate")
+
+
+def inputs_of(folder, make_notebook, profile, name="01_caption"):
+    """The inputs of a step, as a new command finds them."""
+    notebook = make_notebook(folder.parent / "notebooks" / f"{name}.ipynb", "seed: int = 0")
+    return Manifest(folder, "mine").fingerprint(name, notebook, profile)["inputs"]
+
+
+@pytest.mark.parametrize(
+    "film", ["IM1", "1.2.840.113", "images/a.PNG", "broken/a.png", "linked/a.png"]
+)
+def test_every_film_counts_wherever_it_lies(folder, tmp_path, make_notebook, film):
+    films = tmp_path / "films"
+    write_text(films / "images" / "manifest.json", "{}")  # of a download, and of no run
+    write_text(films / "broken" / "manifest.json", "not JSON")
+    (films / ".store").mkdir()
+    (films / "linked").symlink_to(".store")
+    (films / ".store" / "round").symlink_to("..")  # and so for ever
+    write_text(films / film, "x")
+    profile = {"csv": str(write_text(films / "labels.csv", "path\n"))}
+    before = inputs_of(folder, make_notebook, profile)
+    write_text(films / film, "changed")
+    assert manifest._changed(before, inputs_of(folder, make_notebook, profile)) == "films"
+
+
+def test_a_cohort_is_made_again_where_its_films_were_moved_to(folder, tmp_path, make_notebook):
+    here = tmp_path / "project" / "films"
+    write_text(here / "labels.csv", "path\na.png\n")
+    write_text(here / "a.png", "x")
+    before = inputs_of(folder, make_notebook, {"csv": str(here / "labels.csv")})
+    there = tmp_path / "moved" / "films"
+    shutil.copytree(here, there)  # with the times of change
+    profile = {"csv": str(there / "labels.csv")}
+    after = inputs_of(folder, make_notebook, profile)
+    assert manifest._changed(before, after) == "image_root"
+    after = inputs_of(folder, make_notebook, profile | {"image_root": str(here)})
+    assert manifest._changed(before, after) == ""
+    assert "image_root" not in inputs_of(folder, make_notebook, profile, "03_invert")
+
+
+def test_the_levels_of_other_runs_are_inputs_of_06(folder, make_notebook):
+    level = folder.with_name("other") / "tables" / "differences.csv"
+    own = folder / "tables" / "differences.csv"
+    names = {"sweep_runs": ["other", "missing", folder.name]}
+
+    def inputs():
+        return inputs_of(folder, make_notebook, names, "06_augment")
+
+    before = inputs()
+    write_text(level, "0.1")
+    write_text(own, "0.2")  # which 06 writes itself
+    assert inputs() == before  # it has not finished
+    Run("06_augment", {"run_dir": str(level.parent.parent)}).finish()
+    assert manifest._changed(before, inputs()) == "sweep_runs: other"
+    before = inputs()
+    write_text(level, "0.9")
+    assert manifest._changed(before, inputs()) == "sweep_runs: other"
 
 
 def test_modules_are_followed_through_each_other(tmp_path, monkeypatch):
@@ -234,8 +318,32 @@ def test_what_a_killed_process_left_behind_is_removed(tmp_path):
     write_text(tmp_path / "model" / "keep.txt", "x")
     (tmp_path / "model" / ".partial-1.txt").write_text("half")
     (tmp_path / ".partial-2").mkdir()
+    (tmp_path / ".partial-3-00000000-3.txt").write_text("half")  # of another machine
     leftovers(tmp_path)
-    assert [p.name for p in sorted(tmp_path.rglob("*"))] == ["model", "keep.txt"]
+    names = [".partial-3-00000000-3.txt", "model", "keep.txt"]
+    assert [p.name for p in sorted(tmp_path.rglob("*"))] == names
+    leftovers(tmp_path, alone=True)
+    assert [p.name for p in sorted(tmp_path.rglob("*"))] == names[1:]
+
+
+def test_what_a_process_is_writing_is_left_alone_until_it_is_killed(tmp_path):
+    write = (
+        "import sys; from prism_nb.files import atomic_folder\n"
+        "with atomic_folder(sys.argv[1]): print(flush=True), input()"
+    )
+    command = [sys.executable, "-c", write, str(tmp_path / "parts" / "a")]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    writer.stdout.readline()
+    with atomic_path(tmp_path / "training" / "log.csv") as mine, atomic_folder(tmp_path / "b") as b:
+        mine.write_text("half")
+        leftovers(tmp_path)
+        (there,) = (tmp_path / "parts").iterdir()
+        assert mine.exists()
+        assert b.exists()
+    writer.kill()
+    writer.communicate()
+    leftovers(tmp_path)
+    assert not there.exists()
 
 
 def test_a_step_is_not_given_what_it_would_clear(tmp_path):

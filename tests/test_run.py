@@ -62,6 +62,16 @@ def test_paths_are_looked_for_in_the_root_then_here_and_words_stay(tmp_path, mon
     assert resolve_path("csv", str(here / "mine.csv"), root) == str(here / "mine.csv")
 
 
+def test_a_word_has_its_meaning_for_its_own_parameter_alone(tmp_path):
+    for name in ("train", "base", "clip", "none", "phantom"):
+        (tmp_path / name).mkdir()
+        assert resolve_path("image_root", name, tmp_path) == str(tmp_path / name)
+    words = {"csv": "phantom", "clip_model": "base", "baseline": "none", "vqa_backend": "clip"}
+    for key, word in words.items():
+        assert resolve_path(key, word, tmp_path) == word
+        assert resolve_path(key, "", tmp_path) == ""
+
+
 def test_a_key_that_papermill_injected_and_no_notebook_has_is_refused(folder):
     cells = ["", "num_ddim_step = 1", "# Parameters\nseed = 1\nnum_ddim_step = 5\n"]
     with pytest.raises(ParamError, match="unknown key num_ddim_step; did you mean num_ddim_steps"):
@@ -168,6 +178,22 @@ def test_finish_records_what_was_written_with_the_token_of_this_execution(folder
     assert record["token"] == "abc"
     assert record["outputs"]["inversions/a.bin"][2].startswith("ba7816bf8f01cfea")
     assert list(record["outputs"]) == ["extra.json", "inversions/a.bin"]
+
+
+@pytest.mark.parametrize(
+    "write", [lambda run: run.path("inversions/b.bin"), lambda run: run.save_metrics(psnr=2)]
+)
+def test_what_is_written_anew_is_no_success_until_it_is_finished(folder, write):
+    run = start(folder)
+    run.save_table(pd.DataFrame({"n": [1]}), "a")
+    run.finish()
+    again = start(folder)
+    assert record_path(folder, "03_invert").exists()  # a look at it changes nothing
+    write(again)
+    assert not record_path(folder, "03_invert").exists()
+    again.finish()
+    again.save_table(pd.DataFrame({"n": [2]}), "a")  # a cell once more, of a notebook that is done
+    assert record_path(folder, "03_invert").exists()
 
 
 def test_provenance_has_no_time_and_no_path(folder):

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from prism_nb.cohort import read_cohort
 from prism_nb.diffusion import ModelError
@@ -123,6 +124,46 @@ def test_a_part_made_with_other_weights_or_other_films_is_never_taken_over(
         assert another(), change
     (own / "model" / "unet" / "config.json").write_text("{}")
     assert another()
+
+
+@pytest.fixture
+def own(run, tmp_path):
+    """A run with films of its own, which a test may change."""
+    own, films = shutil.copytree(run, tmp_path / "run"), tmp_path / "films"
+    about = read_json(own / "cohort.json")
+    shutil.copytree(own / about["image_root"], films)
+    write_json(own / "cohort.json", about | {"image_root": str(films)})
+    return own
+
+
+def test_a_film_that_changed_is_edited_anew_and_its_old_part_goes(own, tmp_path):
+    out = tmp_path / "out"
+    first = edit_cohort(own, out, max_films=4, **SETTINGS)
+    cohort = read_cohort(own)
+    paths = cohort.table.set_index("film_id")["path"]
+    film = cohort.image_root / paths[first["film_id"][0]]
+    os.utime(film, (1, 1))  # the same bytes
+    assert edit_cohort(own, out, max_films=4, **SETTINGS).equals(first)
+    with Image.open(film) as image:
+        image.transpose(Image.FLIP_LEFT_RIGHT).save(film)
+    made = edit_cohort(own, out, max_films=4, **SETTINGS)
+    assert made["id"].equals(first["id"])
+    old, new = (set(table["path"].str.split("/").str[1]) for table in (first, made))
+    assert len(old & new) == 1  # the batch of the other films
+    assert {part.name for part in (out / "parts").iterdir()} == new
+
+
+def test_a_shard_stops_where_the_model_is_another_than_was_asked_for(own, tmp_path):
+    out, request = tmp_path / "out", read_request(own, "all", OWN)
+    out.mkdir()
+    plan_batches(own, request, 2).to_parquet(out / "plan.parquet")
+    write_json(out / "request.json", request)
+    (own / "model" / "note.txt").touch()  # nothing of the weights
+    (path,) = (own / "model" / "unet").glob("*.safetensors")
+    save_file({name: 0.9 * w for name, w in load_file(path).items()}, path)
+    with pytest.raises(ModelError, match=r"^the model in .*run was replaced .*: give .*again$"):
+        make_shard(own, out)
+    assert not (out / "parts").exists()
 
 
 def test_a_base_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):

@@ -307,7 +307,7 @@ def fit_vae(work, films, lines, steps, start=None, batch_size=12, device=CPU):
     torch.manual_seed(1)
     vae, whole = tiny_vae(), int(0.9 * steps)
     if start:
-        widen(vae, AutoencoderKL.from_pretrained(start / "vae"))
+        vae.load_state_dict(AutoencoderKL.from_pretrained(start / "vae").state_dict())
         with torch.no_grad():  # `settle` made its posterior a point: a little noise, to begin with
             vae.quant_conv.bias[vae.config.latent_channels :] = -6
     vae.to(device)
@@ -349,29 +349,6 @@ def standardise(vae, films, num_films=256):
     after.bias += after.weight[:, :, 0, 0] @ mean
     after.weight *= std[:, None, None]
     vae.register_to_config(scaling_factor=1.0)
-
-
-@torch.no_grad()
-def widen(vae, start):
-    """Give a new VAE the weights of one with fewer latent channels; further channels are new."""
-    new, old = vae.config.latent_channels, start.config.latent_channels
-    mean = torch.arange(old)
-    both = torch.cat([mean, new + mean])  # the encoder gives means, then log-variances
-    places = {  # tensor -> rows, and columns where they are latent channels too
-        "encoder.conv_out": (both, None),
-        "quant_conv": (both, both),
-        "post_quant_conv": (mean, mean),
-        "decoder.conv_in": (None, mean),
-    }
-    own = vae.state_dict()
-    for name, value in start.state_dict().items():
-        rows, columns = places.get(name.rpartition(".")[0], (None, None))
-        rows = torch.arange(len(own[name])) if rows is None else rows
-        if columns is None or value.dim() < 2:
-            own[name][rows] = value
-        else:
-            own[name][rows] = 0  # the old channels do not see the new ones
-            own[name][rows[:, None], columns] = value
 
 
 def _off(x, y, line):
@@ -436,14 +413,12 @@ def fit_clip(folder, work, films, labels, size, steps, families=16, device=CPU):
 
     In a batch of unlike patients the rest of a caption tells films apart well enough; a twin makes
     the model notice the finding. Equal label sets are all positives of one another. Linear
-    readings of the labels, from film and from caption, are thrown away afterwards. Where clip/ is
-    there already its text half is kept as it is, because a U-Net may have been trained on it. What
-    the U-Net is told with is a copy of that half, spread over captions of these films.
+    readings of the labels, from film and from caption, are thrown away afterwards. What the U-Net
+    is told with is a copy of the text half, spread over captions of these films.
     """
     torch.manual_seed(2)
     tokenizer = tokenizer_folder(folder / "tokenizer", vocabulary())
     clip, side = tiny_clip(size, len(tokenizer)), min(size, CLIP_SIZE)
-    keep_text(clip, folder / "clip")
     seen = torch.nn.Linear(clip.config.vision_config.hidden_size, len(DRAWN))
     told = torch.nn.Linear(clip.config.text_config.hidden_size, len(DRAWN))
     parts = torch.nn.ModuleDict({"clip": clip, "seen": seen, "told": told}).train().to(device)
@@ -476,20 +451,10 @@ def fit_clip(folder, work, films, labels, size, steps, families=16, device=CPU):
         name = F.binary_cross_entropy_with_logits(told(word), labelled)
         return contrast + 4 * read + 2 * name
 
-    trained = [parameter for parameter in parts.parameters() if parameter.requires_grad]
-    train(parts, trained, loss_of, steps, 4e-3, work, "clip")
+    train(parts, list(parts.parameters()), loss_of, steps, 4e-3, work, "clip")
     clip, rng = clip.cpu().eval(), np.random.default_rng(17)
     words = sorted({caption(row, **_style(rng)) for row in labels[:600]})
     save_clip(clip, folder, size, spread_text(deepcopy(clip.text_model), tokenizer, words))
-
-
-def keep_text(clip, folder):
-    """Give a CLIP the text half of the one in `folder`, frozen; nothing if there is none."""
-    from transformers import AutoModel
-
-    if folder.is_dir():
-        clip.text_model.load_state_dict(AutoModel.from_pretrained(folder).text_model.state_dict())
-        clip.text_model.requires_grad_(False)
 
 
 def twins(rng, num_films, families):
