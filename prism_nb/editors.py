@@ -7,6 +7,7 @@ the mask: to add a method is to add a function. Shapes: R edits with J captions 
 (J, R). `editing.edit` calls them; used by notebook 04.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from numbers import Real
@@ -38,7 +39,7 @@ class Dials:
     method: str = "inversion"  # one of EDITORS
     guidance_scale: float = 2.0  # w
     guidance_from: str | None = "source"  # or empty, tuned; None: as the inversion's method has it
-    strength: float = 1.0  # share of the steps that are walked
+    strength: float = 1.0  # share of the steps that are walked; of LEDITS++: 1 - its `skip`
     control: str = "plain"  # one of CONTROLS; the last also blends the latents
     cross_replace: float = 0.8  # share of the steps that follow the film's attention
     self_replace: float = 0.5
@@ -143,7 +144,10 @@ def _controlled(job, walk, first):
     follow = [films.index(row) for row in job.rows] * len(job.targets)
     edits = layout(plans, follow, first, first + len(films))
     shares = dials.cross_replace, dials.self_replace
+    halvings = len(job.model.unet.config.block_out_channels) - 1
+    lowest = math.ceil(max(step.z.shape[-2:]) / 2**halvings)  # pixels a side of the coarsest maps
     options = {"store": dials.automatic, "blend_threshold": dials.blend_threshold, "step": 0}
+    options["store_side"] = max(Controller.store_side, lowest)
     plan = Controller(edits, max(step.level, 1), *shares, **options)
     size = step.z.shape[-2:]
     with control(job.model.unet, plan):

@@ -43,6 +43,7 @@ RANGES = {
     "seed": (0, 2**63),
     "chunk": (1, 2**16),
 }
+DIVERGED = 10  # times the spread of noise, or of the latents where that is more
 _KEYS = weakref.WeakKeyDictionary()  # U-Net -> (state of its parameters, model_key)
 
 
@@ -378,8 +379,20 @@ def invert(model, z0, film_ids, captions, method="direct", num_steps=50, seed=0,
     cond = embed_captions(model, captions)
     z0 = z0.to(model.device).contiguous()  # as it will be read from a file
     found = METHODS[method](model, z0, cond, num_steps, **given)
+    _check_noise(found["trajectory"][-1], z0, film_ids, method)
     key = model_key(model)
     return Inversion(list(film_ids), list(captions), method=method, model_key=key, **found)
+
+
+def _check_noise(noise, z0, film_ids, method):
+    """Refuse noise that is none: bdia's way up multiplies errors by 1 / gamma at every step."""
+    for film, end, start in zip(film_ids, noise, z0, strict=True):
+        spread = float(end.double().std())
+        if not spread <= DIVERGED * max(1.0, float(start.std())):  # NaN is not
+            say = "raise gamma or take fewer steps" if method == "bdia" else "look at the U-Net"
+            raise ValueError(
+                f"{method} diverged on film {film} (noise spreads {spread:.3g}): {say}"
+            )
 
 
 def check_range(name, value):

@@ -18,7 +18,17 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-from prism_nb import attention, diffusion, editing, editors, inversion, masks, metrics, regeneration
+from prism_nb import (
+    attention,
+    diffusion,
+    editing,
+    editors,
+    inversion,
+    masks,
+    metrics,
+    regeneration,
+    scoring,
+)
 from prism_nb import methods as m
 from prism_nb.evaluation import NOTHING, PERFECT
 from prism_nb.figures import plot_grid
@@ -26,7 +36,6 @@ from prism_nb.files import atomic_path, plain, write_text
 from prism_nb.findings import slug
 from prism_nb.images import save_png, unit_to_uint8
 from prism_nb.run import Run
-from prism_nb.scoring import load_clip
 
 OWN, RIVALRY = "default", {"error_inside": "error in mask", "over_edit": "over-edit"}
 SHOWN = 2  # films of an edit on the contact sheet
@@ -96,7 +105,9 @@ class _Runner:
         self.about |= {"dtype": str(model.dtype).split(".")[1], "device": model.device.type}
         self.key = [self.about, *parts, seed, _code()]
         try:
-            self.score = load_clip("base", model.base_model, model.device).s_clip
+            scorer = scoring.load_clip("base", model.base_model, model.device)
+            self.score = scorer.s_clip
+            self.key.append(diffusion.weights_hash(scorer.clip))
         except diffusion.ModelError:  # a base without a CLIP
             self.score = lambda x, *_: np.full(len(x), np.nan)
 
@@ -131,7 +142,8 @@ class _Runner:
 
 def _code():
     """The code that makes and measures films; a change of it makes results anew."""
-    modules = (attention, diffusion, editing, editors, inversion, masks, metrics, regeneration)
+    modules = (attention, diffusion, editing, editors, inversion, masks, metrics)
+    modules += (regeneration, scoring)
     own = (m.in_grid, m.Inverter, m.measure, _Runner)
     return [inspect.getsource(part) for part in (*modules, *own)]
 

@@ -197,9 +197,10 @@ def check_films(images, model):
             "Use images.load_films, or images.unit_to_uint8."
         )
     smallest = 63 if model.architecture == "alexnet" else 32  # the others halve five times
-    if len(images) and images.shape[1] < smallest:
+    seen = min(images.shape[1], model.sees or images.shape[1])
+    if len(images) and seen < smallest:
         raise ClassifierError(
-            f"films have {images.shape[1]} pixels; {model.architecture} needs {smallest} or more."
+            f"films are seen at {seen} pixels; {model.architecture} needs {smallest} or more."
         )
     return images
 

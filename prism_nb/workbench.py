@@ -235,9 +235,11 @@ def shown(path):
 
 
 def _area(bench, area):
-    """A box as a mask (H, W) bool; a word, None or a mask as it is."""
+    """A box as a mask (H, W) bool; a word, None or a mask as it is; a list of them one by one."""
     if area is None or isinstance(area, str | np.ndarray):
         return area
+    if any(np.ndim(one) or isinstance(one, str) for one in area):
+        return [_area(bench, one) for one in area]
     left, top, right, bottom = area
     if not (0 <= left < right <= bench.side and 0 <= top < bottom <= bench.side):
         need = f"left < right and top < bottom, from 0 to {bench.side}"

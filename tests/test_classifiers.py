@@ -367,6 +367,9 @@ def test_alexnet_takes_grey_films(tmp_path):
     assert c.predict(model, films).shape == (2, 1)
     with pytest.raises(c.ClassifierError, match="needs 63 or more"):
         c.predict(model, films[:, :32, :32])
+    model.sees = 32
+    with pytest.raises(c.ClassifierError, match="seen at 32 pixels; alexnet needs 63 or more"):
+        c.predict(model, films)
 
 
 def test_unusable_films_and_labels_are_refused(trained):

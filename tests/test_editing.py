@@ -406,7 +406,7 @@ BAD = [
     ({"method": "imagic"}, "method is 'imagic'; it must be one of inversion, sdedit"),
     ({"preset": "prsm"}, "no preset 'prsm'; the nearest is 'prism'"),
     ({"guidance": 2.0}, "no dial 'guidance'; the nearest is 'guidance_"),
-    ({"guidance_from": "tuned"}, "tuned: after null_text only"),
+    ({"guidance_from": "tuned"}, "not inverted by null_text"),
     ({"mask": np.ones((32, 32))}, r"mask is float64 \(32, 32\): give True and False"),
     ({"mask": "automatic"}, "mask is 'automatic'; it must be 'none', 'auto', or an array"),
     ({"keep": np.ones((2, 64, 64))}, r"keep is float64 \(2, 64, 64\)"),

@@ -195,6 +195,11 @@ def test_bdia_solves_each_step_for_either_end(model, gamma):
     assert error(model, inverted(model, "bdia", 12, gamma=gamma)) < 1e-4
 
 
+def test_bdia_that_diverges_is_refused(model):
+    with pytest.raises(ValueError, match="bdia diverged on film a"):
+        inverted(model, "bdia", 60, gamma=0.5)
+
+
 def test_null_text_returns_the_film_under_guidance(model):
     z0 = latents(model)
     model.unet = CaptionNoise()
@@ -402,7 +407,7 @@ def test_latents_that_are_not_finite_name_their_film(model):
         ({"rows": [0]}, "for each of 1 rows"),
         ({"guidance_scale": 99}, "from -50 to 50"),
         ({"guidance_scale": float("nan")}, "from -50 to 50"),
-        ({"guidance_from": "tuned"}, "after null_text only"),
+        ({"guidance_from": "tuned"}, "not inverted by null_text"),
         ({"guidance_from": "target"}, "must be one of empty"),
         ({"strength": 1.5}, "strength is 1.5"),
         ({"offsets": "none"}, "take 'both'"),

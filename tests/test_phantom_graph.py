@@ -13,6 +13,8 @@ from scipy.special import expit
 from prism_nb.cohort import split_by_patient
 from prism_nb.findings import FINDINGS, PATHOLOGIES
 from prism_nb.phantom import calibrate, graph
+from prism_nb.phantom.anatomy import body
+from prism_nb.phantom.devices import lead_paths
 from prism_nb.phantom.graph import (
     DEVICE_KINDS,
     DIALS,
@@ -368,14 +370,14 @@ def test_another_study_is_of_the_same_patient():
 def test_redrawn_changes_what_one_finding_looks_like_and_no_other_draw():
     patient, other = sample_patient(0, 5), sample_patient(0, 1005)
     moved = {
-        HEART: {"heart_ratio", "normal_ratio"},
+        HEART: {"heart_ratio", "normal_ratio", "lead_ratio"},
         EFFUSION: {"effusion_ml"},
         "Edema": {DIALS["Edema"]},
         DEVICES: set(),
     }
     for label, names in moved.items():
         again = redrawn(patient, label, 1005)
-        changed = {k for k, v in again.severity.items() if v != patient.severity[k]}
+        changed = {k for k, v in again.severity.items() if v != patient.severity.get(k)}
         assert changed - {"effusion_side"} == names
         assert again.severity["effusion_ml"] in (
             patient.severity["effusion_ml"],
@@ -387,6 +389,10 @@ def test_redrawn_changes_what_one_finding_looks_like_and_no_other_draw():
         whose = other if label == DEVICES else patient
         assert again.kinds == whose.kinds
         assert again.draw("device ecg").random() == whose.draw("device ecg").random()
+    again = redrawn(patient, HEART, 1005)
+    assert body(again).normal_ratio != body(patient).normal_ratio
+    for name, path in lead_paths(patient, body(patient)).items():
+        assert np.array_equal(lead_paths(again, body(again))[name], path), "leads stay"
 
 
 def test_a_patient_is_drawn_quickly():

@@ -105,7 +105,8 @@ def lead_paths(patient, b):
     """
     (cx, cy), scale, angle, side = can_place(patient, b)
     rng, y, level = patient.draw("device pacemaker_leads"), b.clavicle, b.carina[1]
-    left = b.normal_ratio * 2 * b.half * 2 / 3  # from the midline to the heart's left border
+    ratio = patient.severity.get("lead_ratio", b.normal_ratio)  # of another heart where redrawn
+    left = ratio * 2 * b.half * 2 / 3  # from the midline to the heart's left border
     header = complex(cx, cy) + scale * complex(-side * 1.3, -2.1) * np.exp(1j * angle)
     start = np.array([header.real, header.imag])
     turn, radius = np.deg2rad(np.arange(80, -281, -60)), rng.uniform(0.7, 1.5)

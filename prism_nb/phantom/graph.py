@@ -289,6 +289,8 @@ def redrawn(patient, label, number):
     names |= {HEART: {"normal_ratio"}, EFFUSION: {"effusion_side"}}.get(label, set())
     normals = patient.normals | {name: other.normals[name] for name in names}
     severity = _severity(normals, patient.sex, float(patient.age))
+    if label == HEART:  # the film shows where its leads lie
+        severity["lead_ratio"] = patient.severity["normal_ratio"]
     return replace(patient, normals=normals, severity=severity)
 
 
