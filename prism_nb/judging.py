@@ -8,6 +8,7 @@ The baseline that it compares with is made here, too. Films (N, H, W) uint8; lab
 missing. Used by notebook 05.
 """
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from prism_nb.files import read_json
 from prism_nb.findings import PAPER_HEADS, known_labels
 from prism_nb.ganterfactual import BUNDLED, build_gan, fit_gan, load_gan, resize, save_gan
 from prism_nb.images import load_films
-from prism_nb.networks import CARD_FILE
+from prism_nb.networks import CARD_FILE, weights_file
 from prism_nb.phantom.graph import LEAST
 
 IDENTITY = ("male", "over 60")  # what no edit may change
@@ -39,6 +40,7 @@ HEADS = (*PAPER_HEADS, *IDENTITY)
 SEED = 6_000_011  # of the patients that are rendered for it, besides the run's
 VAL_SHARE = 8  # one in so many of them chooses the best weights
 DEVICES = "Support Devices"  # what the paper's baseline takes and gives
+log = logging.getLogger(__name__)
 
 
 def judge_labels(table):
@@ -99,6 +101,8 @@ def asker(judge, card, precision="fp32"):
 def _train(cohort, films, params, folder, device):
     """A new judge on its own films, calibrated and saved."""
     seed, weights = params.seed + 1, params.classifier_weights
+    if weights_file(weights):  # of the classifier's architecture, and so not of the judge's
+        weights = ""
     if params.judge_films and phantom.is_phantom(cohort.image_root):
         train, val, keys = _rendered(cohort, params.judge_films, SEED + params.seed, folder)
     else:
@@ -138,12 +142,12 @@ def make_baseline(cohort, films, params, folder, device="cpu"):
     """The GANterfactual that params.baseline names and its finding, or (None, "") for "none".
 
     "train": on the cohort's training split at baseline_size, guided by an AlexNet that takes a
-    quarter as many steps; goes on if it was stopped. Whichever it is, `folder`, the run's
-    baseline/, holds it afterwards: notebook 06 takes it from there. Raises GanError.
+    quarter as many steps; goes on if it was stopped; none where films with or without devices
+    lack. Whichever it is, `folder`, the run's baseline/, holds it afterwards: notebook 06 takes it
+    from there. Raises GanError.
     """
     if params.baseline == "none":
-        (Path(folder) / CARD_FILE).unlink(missing_ok=True)  # an earlier one is no longer the run's
-        return None, ""
+        return _no_baseline(folder)
     if params.baseline != "train":
         gan, card = load_gan(BUNDLED if params.baseline == "bundled" else params.baseline)
         save_gan(folder, gan, card)
@@ -151,13 +155,25 @@ def make_baseline(cohort, films, params, folder, device="cpu"):
     shown, seed, steps = known_labels(cohort.table, [DEVICES]), params.seed, params.baseline_steps
     small, split = resize(films, params.baseline_size), cohort.table["split"].to_numpy()
     train, val = ((small[split == x], shown[split == x]) for x in ("train", "val"))
+    pair = [train[0][train[1][:, 0] == present] for present in (0, 1)]
+    if not all(map(len, pair)):
+        log.warning(
+            "no GANterfactual is trained: of the training films %d are known to be without "
+            "devices and %d with; it needs both",
+            *map(len, pair),
+        )
+        return _no_baseline(folder)
     guide = build_classifier("alexnet", 1, seed=seed)
     settings = {"learning_rate": 3e-4, "num_steps": -(-steps // 4), "seed": seed, "device": device}
     list(fit(guide, *train, *val, **settings))
     gan = build_gan(params.baseline_size, seed=seed)
-    pair = [train[0][train[1][:, 0] == present] for present in (0, 1)]
     work = Path(folder).parent / "training" / "baseline"  # `folder` is cleared for another attempt
     settings = {"folder": work, "seed": seed, "device": device}
     list(tqdm(fit_gan(gan, *pair, guide, steps, **settings), "GANterfactual", steps))
     save_gan(folder, gan, {"finding": DEVICES, "num_steps": steps, "films": len(train[0])})
     return gan.eval(), DEVICES
+
+
+def _no_baseline(folder):
+    (Path(folder) / CARD_FILE).unlink(missing_ok=True)  # an earlier one is no longer the run's
+    return None, ""

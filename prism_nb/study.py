@@ -53,11 +53,11 @@ def balanced_test(cohort, heads, num_patients):
 
 
 def link_of(cohort, labels, columns):
-    """P(device | effusion): as the phantom was told, else as these labels (N, K) have it."""
+    """P(device | effusion): as the phantom was told, else of these labels (N, K), or NaN."""
     if phantom.is_phantom(cohort.image_root):
         return phantom.patient_of(cohort.image_root, cohort.table["film_id"].iloc[0]).confounding
-    groups = group_of(labels, columns)
-    return float((groups[groups >= EFFUSION_ALONE] > EFFUSION_ALONE).mean())
+    _, _, alone, both = group_sizes(labels, columns)
+    return float(both / (alone + both)) if alone + both else np.nan
 
 
 def correct_predictions(labels, probabilities, threshold=0.5):
@@ -162,7 +162,7 @@ def worst_difference(
 
     correct_ (S, N); groups (N,), below 0: in none. The worst group is looked for in each seed and
     each resample anew, so that none is chosen for having come out badly; then seeds are averaged.
-    One group alone gives the plain paired difference.
+    One group alone gives the plain paired difference. NaN where no film is in any group.
     """
     a, b = (np.atleast_2d(np.asarray(c, dtype=float)) for c in (correct_a, correct_b))
     if a.shape[1:] != b.shape[1:]:
@@ -181,8 +181,6 @@ def _worst(correct, groups, patients):
     """A function of how often each patient counts, (r, P), to the worst accuracies (r, S)."""
     codes, groups = patient_codes(patients), np.asarray(groups)
     known = ~np.isnan(correct[0]) & (groups >= 0)
-    if not known.any():
-        raise AugmentError("no film is in any group; test on more films, or on other findings.")
     shape = correct.shape[0], groups.max() + 1, codes.max() + 1  # (S, G, P)
     right, films = np.zeros(shape), np.zeros(shape[1:])
     np.add.at(films, (groups[known], codes[known]), 1)
@@ -192,7 +190,8 @@ def _worst(correct, groups, patients):
         weights = np.ones((1, shape[2])) if weights is None else weights
         hits, count = np.einsum("rp,sgp->rsg", weights, right), (weights @ films.T)[:, None]
         accuracy = np.divide(hits, count, out=np.full(hits.shape, np.inf), where=count > 0)
-        return accuracy.min(axis=2)  # a group without films is not the worst
+        least = accuracy.min(axis=2, initial=np.inf)  # a group without films is not the worst
+        return np.where(np.isfinite(least), least, np.nan)  # NaN: no film in any group
 
     return worst
 
@@ -224,7 +223,8 @@ def mcnemar(correct_a, correct_b):
 def compare(outcomes, tests, columns, arm, baseline="plain", num_bootstrap=1000, seed=0):
     """One arm against another over the same films and seeds: a row a measure.
 
-    measure: worst group, conflict (balanced films on which the shortcut misleads) and i.i.d.
+    measure: worst group, conflict (balanced films on which the shortcut misleads) and i.i.d.; NaN
+    where no film tells.
     Columns: films, accuracy and baseline_accuracy (means over seeds), mean, low, high (of their
     difference), seed_low, seed_high (its range over seeds), and McNemar's test between the two
     means of the seeds' probabilities (only_a: films that the arm alone gets right).
@@ -309,18 +309,23 @@ def check_goals(differences, levels=None):
     own, true = "counterfactuals", "true_counterfactuals"
     gain, iid = (table.loc[(own, "plain")] for table in (worst, everywhere))
     met = gain["mean"] >= 0.1 and gain["low"] > 0
-    goals = [("10 points over plain in the worst group, interval above 0", _points(gain), met)]
+    goals = []
+    if pd.notna(gain["mean"]):
+        goals.append(
+            ("10 points over plain in the worst group, interval above 0", _points(gain), met)
+        )
     if (true, "plain") in worst.index and worst["mean"][true, "plain"] > 0:
         share = gain["mean"] / worst["mean"][true, "plain"]
         goals.append(
             ("70 % of what true counterfactuals gain", f"{100 * share:.0f} %", share >= 0.7)
         )
-    others = worst.loc[own].drop(["plain", true], errors="ignore")
+    others = worst.loc[own].drop(["plain", true], errors="ignore").dropna(subset="mean")
     if len(others):
         name = others["mean"].idxmin()
         goal = f"more than every other arm (nearest: {name.replace('_', ' ')})"
         goals.append((goal, _points(others.loc[name]), others["mean"][name] > 0))
-    goals.append(("no loss beyond 1 point i.i.d.", _points(iid), iid["mean"] >= -0.01))
+    if pd.notna(iid["mean"]):
+        goals.append(("no loss beyond 1 point i.i.d.", _points(iid), iid["mean"] >= -0.01))
     if levels is not None and len(levels):
         weakest = levels["level"] == levels["level"].min()
         free = levels[weakest & (levels["level"] < NO_LINK) & (levels["measure"] == "worst group")]

@@ -101,6 +101,13 @@ def test_no_judge_is_the_classifier_or_lacks_a_head(cohort, films, tmp_path):
         make(cohort, films, tmp_path, judge="test_resne")
 
 
+def test_a_file_of_start_weights_is_the_classifiers_alone(cohort, films, tmp_path):
+    start = save_classifier(tmp_path / "start", build_classifier("test_efficientnet", 4), "abcd")
+    for weights in (start, start / "model.safetensors"):
+        _, card, _ = make(cohort, films, tmp_path, classifier_weights=str(weights))
+        assert card["start"] == "from scratch"
+
+
 def baseline(cohort, films, folder, name):
     params = SimpleNamespace(seed=0, baseline=str(name), baseline_steps=2, baseline_size=32)
     return j.make_baseline(cohort, films, params, folder)
@@ -139,6 +146,16 @@ def test_a_gan_is_trained_once_though_its_folder_is_cleared(cohort, films, tmp_p
     again, _ = baseline(cohort, films, made, "train")
     assert updates == []
     assert torch.equal(weights(first), weights(again))
+
+
+@pytest.mark.parametrize("shown", [np.nan, 0.0, 1.0])
+def test_no_gan_is_trained_on_films_of_one_kind(cohort, films, tmp_path, caplog, shown):
+    table = cohort.table.assign(**{j.DEVICES: shown})
+    one_kind, kept = SimpleNamespace(**vars(cohort) | {"table": table}), tmp_path / "baseline"
+    save_gan(kept, build_gan(32, 4), {"finding": "Edema"})
+    assert baseline(one_kind, films, kept, "train") == (None, "")
+    assert "no GANterfactual is trained" in caplog.text
+    assert not (kept / "card.json").exists()
 
 
 def test_heads_come_in_the_right_order(films, tmp_path):

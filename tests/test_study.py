@@ -93,8 +93,7 @@ def test_one_group_alone_is_the_paired_difference_and_narrower_than_unpaired():
     assert high - low < 0.1  # unpaired: 2 x 1.96 x sqrt(2 x 0.24 / 400) = 0.14
     with pytest.raises(AugmentError, match="the same films"):
         a.worst_difference(better[:3], plain, one, np.arange(400))
-    with pytest.raises(AugmentError, match="no film is in any group"):
-        a.worst_difference(better, plain, one - 1, np.arange(400))
+    assert np.isnan(a.worst_difference(better, plain, one - 1, np.arange(400), 5)).all()
 
 
 def test_mcnemar_by_hand():
@@ -203,6 +202,27 @@ def test_two_arms_compared(tests):
         a.compare(outcomes(), tests, COLUMNS, "group_dro")
 
 
+def test_what_no_film_tells_is_nan(tests):
+    tests["balanced"].labels[:, DEVICES] = tests["balanced"].labels[:, EFFUSION]
+    row = a.score_outcome(outcomes()[2], tests, COLUMNS)
+    assert np.isnan([row["conflict accuracy"], row["conflict auroc"]]).all()
+    rows = a.compare(outcomes(), tests, COLUMNS, "counterfactuals", num_bootstrap=30)
+    rows = rows.set_index("measure")
+    assert rows["films"].tolist() == [12, 0, 2]
+    told = ["accuracy", "baseline_accuracy", "mean", "low", "high", "seed_low", "seed_high"]
+    assert rows[told].isna().all(axis=1).tolist() == [False, True, False]
+    tests["balanced"].labels[:, DEVICES] = np.nan  # a cohort without that label
+    assert np.isnan(a.score_outcome(outcomes()[2], tests, COLUMNS)["worst group"])
+    rows = a.compare(outcomes(), tests, COLUMNS, "counterfactuals", num_bootstrap=30)
+    assert rows["mean"].isna().tolist() == [True, True, False]
+    assert a.check_goals(rows)["goal"].tolist() == ["no loss beyond 1 point i.i.d."]
+
+
+def test_a_resample_without_any_film_of_the_groups_counts_not():
+    groups, right, wrong = [0, -1, -1, -1], np.ones((1, 4)), np.zeros((1, 4))
+    assert a.worst_difference(right, wrong, groups, list("abcd"), 50) == (1, 1, 1)
+
+
 def differences(gain, low, ceiling, other, iid, level=0.9):
     """The table of a study in which counterfactuals came out so."""
     rows = [
@@ -257,3 +277,4 @@ def test_balanced_films_and_the_link(make_cohort):
     assert a.link_of(cohort, test.labels, COLUMNS) == 0.75
     cohort.image_root = cohort.image_root / "elsewhere"  # no phantom: the labels say it
     assert a.link_of(cohort, test.labels[:6], COLUMNS) == pytest.approx(1 / 2)
+    assert np.isnan(a.link_of(cohort, test.labels[:2], COLUMNS))  # no film with an effusion
