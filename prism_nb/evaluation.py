@@ -23,7 +23,7 @@ GAN = "GANterfactual"
 NUM = len(PAPER_HEADS)  # the first heads; the others say who it is
 SMALL = 224  # pixels a side at which the paper's baseline was measured
 ABOUT = ("film_id", "patient_id", "edit", "finding")
-JUDGED = ["p_factual", "cpg", "cpg_absolute", "flip", "leakage", "leakage_beyond_truth"]
+JUDGED = ["p_factual", "cpg", "cpg_absolute", "flip", "leakage"]
 _IMAGES = ("l1", "ssim", "sparsity")
 _WITH_TRUTH = ("true_error", "tea_effectiveness", "tea_amplification", "under_edit", "id_ratio")
 _WITH_TRUTH += ("iou_at_area",)
@@ -177,7 +177,9 @@ def _measure(cases, films, after, asked):
 
 def _judged(plan, before, after, true=None):
     """What the judge's probabilities (R, 6) say of a method: a row an edit, a column a metric."""
-    found = pd.DataFrame(np.nan, range(len(plan)), JUDGED[: len(JUDGED) - (true is None)])
+    found = pd.DataFrame(np.nan, range(len(plan)), JUDGED)
+    if true is not None:
+        found["leakage_beyond_truth"] = np.nan
     for finding in set(plan["finding"]) & set(HEADS):
         i, k = np.flatnonzero(plan["finding"] == finding), HEADS.index(finding)
         p, q, toward = before[i], after[i], plan["present"].to_numpy(int)[i]
@@ -185,10 +187,10 @@ def _judged(plan, before, after, true=None):
         found.loc[i, "cpg"] = metrics.cpg(p[:, k], q[:, k], toward)
         found.loc[i, "cpg_absolute"] = metrics.cpg_absolute(p[:, k], q[:, k])
         found.loc[i, "flip"] = metrics.flip(p[:, k], q[:, k], toward)
-        others = [x[:, :NUM] for x in (p, q, *([] if true is None else [true[i]]))]
-        found.loc[i, "leakage"] = metrics.leakage(*others[:2], k)
+        heads = p[:, :NUM], q[:, :NUM], k
+        found.loc[i, "leakage"] = metrics.leakage(*heads)
         if true is not None:
-            found.loc[i, "leakage_beyond_truth"] = metrics.leakage(*others[:2], k, others[2])
+            found.loc[i, "leakage_beyond_truth"] = metrics.leakage(*heads, true[i, :NUM])
     return found.assign(identity_shift=metrics.identity_shift(before[:, NUM:], after[:, NUM:]))
 
 

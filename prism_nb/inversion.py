@@ -386,13 +386,11 @@ def invert(model, z0, film_ids, captions, method="direct", num_steps=50, seed=0,
 
 def _check_noise(noise, z0, film_ids, method):
     """Refuse noise that is none: bdia's way up multiplies errors by 1 / gamma at every step."""
-    for film, end, start in zip(film_ids, noise, z0, strict=True):
-        spread = float(end.double().std())
-        if not spread <= DIVERGED * max(1.0, float(start.std())):  # NaN is not
+    ends, starts = (z.double().flatten(1).std(1).tolist() for z in (noise, z0))
+    for film, end, start in zip(film_ids, ends, starts, strict=True):
+        if not end <= DIVERGED * max(1.0, start):  # NaN is not
             say = "raise gamma or take fewer steps" if method == "bdia" else "look at the U-Net"
-            raise ValueError(
-                f"{method} diverged on film {film} (noise spreads {spread:.3g}): {say}"
-            )
+            raise ValueError(f"{method} diverged on film {film} (noise spreads {end:.3g}): {say}")
 
 
 def check_range(name, value):

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 from prism_nb.execute import StepFailed, chosen_steps, prepare, run_job
-from prism_nb.files import TEMPORARY, atomic_path, read_json
+from prism_nb.files import atomic_path, read_json, temporary_path
 from prism_nb.jobs import check_executor, run_jobs
 from prism_nb.manifest import Manifest, given_parameters
 from prism_nb.report import write_report
@@ -136,7 +136,7 @@ def _parents(jobs, steps):
 
 def _start_from(parent, folder):
     """Take over another run's files; where another command was quicker, its folder stands."""
-    partial = folder.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:12]}")
+    partial = temporary_path(folder)
     try:
         shutil.copytree(parent, partial, copy_function=_link, ignore=PRIVATE)
         os.rename(partial, folder)  # not onto a folder that holds anything
