@@ -51,7 +51,7 @@ STORED = ("guidance_scale", "strength", "mask", "threshold", "detail", "seed")
 MOST = 8  # inversions kept
 COLOURS = {"mask": (230, 159, 0), "keep": (86, 180, 233)}
 FACTS = {"s_clip": "S_CLIP", "mask_area": "mask, share of the film"}
-FACTS |= {"effectiveness": "share of the true change made"}
+FACTS |= {"effectiveness": "change made, projected on the true one"}
 FACTS |= {"error_inside": "error in the true change", "error_outside": "error outside of it"}
 
 
