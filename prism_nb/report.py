@@ -256,9 +256,9 @@ def _best(path: Path) -> str:
     note = (
         "<p>What <a href='#05_evaluate'>05_evaluate</a> measured: mean and 95 % interval by "
         "patient. <i>Effectiveness</i> is the change that was made, projected on the true one, 0 "
-        "for doing nothing and 1 for the perfect editor; <i>error</i> the mean absolute one, inside "
-        "and outside what truly changes, and over the whole film as a multiple of what doing "
-        "nothing leaves; <i>gain</i> how far the judge moved towards the wanted class.</p>"
+        "for doing nothing and 1 for the perfect editor; <i>error</i> the mean absolute one, "
+        "inside and outside what truly changes, and over the whole film as a multiple of what "
+        "doing nothing leaves; <i>gain</i> how far the judge moved towards the wanted class.</p>"
     )
     return note + _table(head, rows)
 
